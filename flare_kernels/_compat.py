@@ -40,10 +40,10 @@ def current_raw_stream(device: torch.device) -> int:
 
 
 def with_descriptor_allocator(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``run`` preceded by a check that Triton has an allocator for tensor descriptors.
+    """Return a function that sets Triton's allocator for tensor descriptors if none is set, and then calls ``run``.
 
-    Triton reads the allocator from a context variable, which the threads of the autograd engine do not inherit. The
-    check therefore runs before each launch. An allocator that someone else has set is not replaced.
+    Triton reads the allocator from a context variable, which the threads of the autograd engine do not inherit. It is
+    therefore checked before each launch. An allocator that someone else has set is not replaced.
     """
     import triton
     from triton.runtime import _allocation
@@ -82,8 +82,8 @@ def jit_source(
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Return the signature, constants and attributes with which a launch on an NVIDIA GPU would compile the kernel.
 
-    Triton's cache key contains all three. The attributes therefore include an empty list for each argument that has
-    none, as Triton's own do.
+    Triton's cache key contains all three. The attributes therefore have exactly Triton's form, in which an argument
+    without attributes has an empty list.
     """
     backend, bind = _binder(kernel, capability)
     bound, specialization, _ = bind(**args, **options)

@@ -65,8 +65,8 @@ class Case:
     adapter_dtype: str | None = None
     #: dtype of x and G ("float32" under autocast); None: ``dtype``
     input_dtype: str | None = None
-    #: implementation to take in every step that has one of this name (``FORMS`` in ``triton_ops/config.py``); "tma"
-    #: needs sm_90 or newer. None: the general rule's choice
+    #: the form to take in every step that has a form of this name (``FORMS`` in ``triton_ops/config.py``); "tma" needs
+    #: sm_90 or newer. None: the general rule's choice
     form: str | None = None
 
     @property
@@ -110,7 +110,7 @@ class Report:
 
     @property
     def violation(self) -> str:
-        """The compiler's error, or which limit is exceeded and by what; empty if there is no violation."""
+        """The compiler's error, or the bytes that exceed a limit; empty if there is no violation."""
         if self.error:
             return self.error
         available = SHARED_BYTES[self.case.capability]
@@ -236,7 +236,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def ci_cases() -> Iterator[Case]:
-    """Yield the cases that CI compiles: the general rule in bfloat16, and a few of other dtypes, options and forms."""
+    """Yield the cases that CI compiles: the general rule in bfloat16, and a few other dtypes, options and forms."""
     for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
         yield Case(capability, rank=rank)
     # sm_89 stands for sm_86 and sm_120 too, which have the same rows and the same shared memory

@@ -89,8 +89,8 @@ class Call:
         self.only_adds = bool(projections) and all(projection.fusion == "add" for projection in projections)
         self.keep_scale = _dropout.keep_scale(p) if p > 0.0 else 1.0
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
-        #: the largest number of tokens that the decoding kernels take; 0 if this call cannot use them
         decodes = p == 0.0 and self.group is not None and hasattr(ops, "decode") and ops.can_decode(1, self.ranks)
+        #: the largest number of tokens that the decoding kernels take; 0 if this call cannot use them
         self.decode_rows = ops.DECODE_ROWS if decodes else 0
         self.needs = _NeedsCache(self.count)
 
@@ -117,7 +117,7 @@ def _groups(projections: Sequence[Projection], ranks: Sequence[int]) -> tuple[Pr
 
 
 class Needs:
-    """The gradients that a backward pass has to compute, for each input."""
+    """Flags that tell which gradients a backward pass has to compute."""
 
     def __init__(self, x: bool, x_source: bool, S: tuple[bool, ...], A: tuple[bool, ...], B: tuple[bool, ...]) -> None:
         self.x, self.x_source, self.S, self.A, self.B = x, x_source, S, A, B

@@ -74,9 +74,9 @@ class FusedLoRA(torch.autograd.Function):
         seed: dropout seed, () int64, or None.
         source_seed: dropout seed of the source stream; None: ``seed``.
         A: the stacked A (R, d), or None.
-        tensors: in this order: y_i (..., n_i); S (..., columns) if they replace x_source; A_i (r_i, d), then
-            B_i (n_i, r_i), in stacking order; the frozen weights W_i (n_i, d) if the node computes dx of their
-            products. If no y_i are passed, the node computes the products too, before or after the adapters
+        tensors: in this order: y_i (..., n_i); S (..., columns) if S is passed instead of x_source; A_i (r_i, d) in
+            stacking order; B_i (n_i, r_i) in stacking order; the frozen weights W_i (n_i, d) if the node computes dx
+            of their products. If no y_i are passed, the node computes the products too, before or after the adapters
             (:mod:`flare_kernels.order`). The W_i are then followed by their biases, each (n_i,) or None, and the
             outputs have shape (M, n_i).
     """

@@ -65,8 +65,8 @@ def fused_lora_qkv(
     Raises:
         TypeError, ValueError: as in ``fused_lora``. ValueError also for
 
-            * a name that base_outputs does not have,
-            * base_outputs with a graph together with ``weights`` (their dx would be counted twice),
+            * a name in another argument that base_outputs does not have,
+            * base_outputs with a graph together with ``weights`` (dx of the frozen products would be counted twice),
             * base_outputs=None without ``weights``, or with weights or biases that require grad.
     """
     if base_outputs is None:

@@ -64,7 +64,8 @@ class Entry:
     Attributes:
         form: one of the step's forms.
         tiles: kernel -> fields of its TileConfig. A kernel that is not listed uses the general rule's tiles.
-        us: measured times in microseconds: of each form, of the general rule, and "floor", the step's lower bound.
+        us: name -> microseconds. The names are forms (the time of the form's best tiles), "<form>, general rule" (the
+            time of the general rule's tiles), and "floor" (the lower bound of the step).
     """
 
     form: str

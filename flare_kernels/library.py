@@ -1,7 +1,8 @@
 """The autograd node as ``torch.library`` operators, for ``torch.compile``.
 
 Compiled code calls these operators instead of the in-place autograd function. ``flare_kernels::lora`` takes the frozen
-outputs and returns new tensors: the compiler frees the old ones, and the kernels move as many bytes as in place.
+outputs and returns new tensors. The compiler frees the frozen outputs, and the kernels move as many bytes as if they
+wrote in place.
 ``flare_kernels::lora_backward`` computes all gradients. Both are opaque to the compiler and have fake implementations,
 so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are separate operators of the
 graph and always run first (:mod:`flare_kernels.order` describes the other order).
@@ -92,7 +93,10 @@ def _adapter_specs(
 def _saved_sizes(
     x: Tensor, x_source: Tensor | None, As: Sequence[Tensor], fusions: str, save_for_backward: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes of the T and S that the operator returns: (0,) if unsaved, and for S also if it was an input."""
+    """Return the sizes of the T and S that the operator returns. A tensor that is not saved for backward has size (0,).
+
+    S is not saved if it was an input or if no fusion needs it in backward.
+    """
     names = fusions.split(",") if As else []
     M = math.prod(x.shape[:-1])  # Size.numel() would turn a traced length into a constant
     R = sum(A.shape[0] for A in As)

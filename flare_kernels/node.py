@@ -6,8 +6,8 @@
 The A_i (r_i, d) are stacked in A (R, d), so each stream is read once for all projections. The T_i are columns of one
 T (M, R). Projections that fuse with a source come first, so S (M, fused) belongs to the leading columns of T. If the
 frozen weights W_i are passed, the node also computes dx of the frozen products, accumulated in the same buffer:
-dx = sum_i G_i W_i + dT A. Either the frozen products or the adapters run first and write their result; the other then
-adds to it (:mod:`flare_kernels.order`).
+dx = sum_i G_i W_i + dT A. Either the frozen products write a result and the adapters add to it, or the adapters write
+it and the frozen products add to it (:mod:`flare_kernels.order`).
 
 Every tensor in this module is a matrix: M tokens, K input width d, N output width n, R rank.
 :mod:`flare_kernels.function` wraps the node in an autograd function, :mod:`flare_kernels.library` in operators for

@@ -5,13 +5,14 @@ backward, the first frozen product writes dx, then the other frozen products and
 
 ``adapter_first``: in forward, the adapter writes y = s H B^T + b without reading y, then the frozen product adds to it.
 In backward, dT A writes dx, then every frozen product adds to it. The reads of y and dx move into the frozen products,
-where they overlap with the computation. The orders differ in when the intermediate y and dx are rounded. The results of
-both are as close to float64 as those of PEFT's eager form.
+where they overlap with the computation. The orders differ in when the intermediate y and dx are rounded. In both
+orders, the results are as close to float64 results as PEFT's are.
 
-The general rule is ``adapter_first``. The launch table may choose the order in its step "order", whose rows are the M
-tokens, whose width is the widest adapted output's, and whose rank is one adapter's (r). The frozen products always run
-first in layers that compute them outside the node (quantised or with hooks), in the operators for ``torch.compile``,
-and in passes that adapt only some rows of a batch. No code of this module runs in a training step after the first.
+The general rule is ``adapter_first``. An entry of the launch table for the step "order" overrides it. Such an entry is
+looked up by the number of tokens M, the width of the widest adapted output, and the rank r of one adapter. The frozen
+products always run first in layers that compute them outside the node (quantised or with hooks), in the operators for
+``torch.compile``, and in passes that adapt only some rows of a batch. No code of this module runs in a training step
+after the first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .call import Call
 from .forms import class_of, select_form
 from .launch_mode import Mode
 
-#: Sizes (M, n_i) of the outputs that the adapters write, in stacking order; None if the frozen products run first.
+#: Sizes (M, n_i) of the outputs that the adapters write, in stacking order (:mod:`flare_kernels.call`); None if the
+#: frozen products run first.
 Order = tuple[tuple[int, int], ...] | None
 
 

@@ -2,7 +2,8 @@
 
     S = drop(x) A^T        dA = dS^T drop(x)              x (M, d), A (R, d), S and dS (M, R)
 
-M tokens, R rank. For callers that project the source states before the layers that read S run (FLARE's source pass).
+M tokens, R rank. FLARE's source pass uses these functions to project the source states before the layers that read S
+run.
 One seed gives the same dropout mask here as for the source stream of :func:`flare_kernels.fused_lora`.
 """
 
@@ -22,7 +23,7 @@ from .selection import primitives
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return matrices (R_i, d) on one device, concatenated along the rows in dtype: (sum of R_i, d).
 
-    A single matrix of that dtype is returned itself.
+    A single matrix that already has this dtype is returned without a copy.
     """
     return primitives("auto", weights[0].device, dtype).stack(weights, dtype)  # type: ignore[no-any-return]
 

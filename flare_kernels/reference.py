@@ -22,7 +22,7 @@ from .fusion import ALL_FUSIONS, FUSIONS, get_fusion
 def fuse(
     S: Tensor, T: Tensor, fusion: str | None, weights: Mapping[str, Tensor] | None = None, *, heads: int = 1
 ) -> Tensor:
-    """Return phi(S, T), (..., m, r), for S and T of that shape.
+    """Return phi(S, T). S, T and the result are (..., m, r).
 
     Args:
         S: down-projected source stream.
@@ -94,11 +94,11 @@ def fused_lora(
     weights: Mapping[str, Tensor] | None = None,
     heads: int = 1,
 ) -> Tensor:
-    """Return y = base_output + scaling * phi(x_source A^T, x A^T) B^T, written as the formula.
+    """Return y = base_output + scaling * phi(x_source A^T, x A^T) B^T, computed with plain PyTorch operators.
 
     Arguments as in :func:`flare_kernels.fused_lora`, plus ``weights`` and ``heads`` of :func:`fuse`. ``backend`` is
-    ignored. ``base_output`` is not modified. Adapters are cast to x's dtype. If autocast left x in float32, x and the
-    adapters are cast to base_output's dtype.
+    ignored. ``base_output`` is not modified. The streams and the adapters are cast to the dtype that
+    :func:`compute_dtype` returns.
     """
     del backend
     dtype = compute_dtype(x, base_output)
@@ -122,7 +122,7 @@ def fused_lora(
 
 
 def compute_dtype(x: Tensor, base_output: Tensor) -> torch.dtype:
-    """Return x's dtype, or base_output's if autocast left x in float32 and computed the frozen product in 16 bits."""
+    """Return x's dtype, or base_output's dtype if autocast computed base_output in 16 bits and left x in float32."""
     if x.dtype == torch.float32 and base_output.dtype in (torch.float16, torch.bfloat16):
         return base_output.dtype
     return x.dtype

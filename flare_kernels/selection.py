@@ -80,11 +80,12 @@ def _unsupported_reason(index: int) -> str:
 def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str | None = None) -> str:
     """Return the backend that ``backend="auto"`` chooses for tensors on this device in this compute dtype.
 
-    * "triton" for 16-bit calls on CUDA devices that can run the kernels. Each step then takes the form that the launch
-      table prefers at its size; :func:`launch_plan` shows the choice.
+    * "triton" for 16-bit calls on CUDA devices that can run the kernels. An operation runs in plain PyTorch even then
+      if the launch table (:mod:`flare_kernels.launch_table`) prefers this at its size; :func:`launch_plan` shows the
+      choice.
     * "torch" on CPUs (also under the interpreter, which is for tests), and for float64 and float32. The kernels have
       not been timed against cuBLAS in IEEE float32.
-    * "reference" for the fusions that mix positions.
+    * "reference" for the fusions that combine different token positions.
     """
     if fusion in EAGER_FUSIONS:
         return "reference"
@@ -109,7 +110,10 @@ def launch_plan(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
 ) -> dict[str, str]:
-    """Describe what ``backend="auto"`` does in each step of a call: the form, the tiles, and what decided them.
+    """Describe what ``backend="auto"`` does in each step (operation) of a call.
+
+    A description names the form (implementation), the kernels' tiles, and whether the general rule or the tuned launch
+    table decided them.
 
     Args:
         M: number of tokens.

@@ -37,7 +37,7 @@ def _scaled_mm(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) 
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return matrices (R_i, K) concatenated along the rows in dtype, (sum of R_i, K).
 
-    A single matrix of that dtype is returned itself.
+    A single matrix that already has this dtype is returned without a copy.
     """
     if len(weights) == 1:
         return weights[0].to(dtype)
@@ -160,7 +160,7 @@ def grad_weight(
         if grad is None or stream is None:
             continue
         stream = _dropped(stream, stream_mask, keep_scale, grad.dtype)
-        # each product is cast to grad_dtype before the sum, so the bits are those of autograd with separate streams
+        # each product is cast to grad_dtype before the sum, because autograd would do so for two separate products
         share = (grad.T @ stream).to(grad_dtype)
         dA = share if dA is None else dA.add_(share)
     assert dA is not None, "grad_weight needs at least one stream"

@@ -40,7 +40,7 @@ def check_dtypes(tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def check_streams(x: Tensor, x_source: Tensor | None, bottleneck: Tensor | None) -> None:
-    """Raise ValueError if the streams differ in their leading shape, or if both source arguments are given."""
+    """Raise ValueError if the shapes of x and of the source do not fit, or if x_source and S are both given."""
     if x.dim() < 2:
         raise ValueError(f"x must be (..., m, d), got shape {tuple(x.shape)}")
     if x_source is not None and bottleneck is not None:

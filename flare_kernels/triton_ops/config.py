@@ -99,7 +99,8 @@ def can_run(step: str, form: str, operands: str, capability: int) -> bool:
     return predicate is None or predicate(operands, capability)
 
 
-# Rows: BLOCK_M, BLOCK_K, BLOCK_N, largest BLOCK_R, warps, stages on a small GPU, stages on a large GPU.
+# A row: BLOCK_M, BLOCK_K, BLOCK_N, largest BLOCK_R, warps, stages with less shared memory than LARGE_SHARED_BYTES, and
+# stages with at least that much.
 _Row = tuple[int, int, int, int, int, int, int]
 
 # 2-byte operands, one row per rank bucket.
@@ -238,11 +239,11 @@ def operand_class(compute_bytes: int, widest_bytes: int, aligned: bool) -> str:
 
 @cache
 def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConfig:
-    """Return the general rule's configuration of a launch. There is one for all arguments and GPUs."""
+    """Return the general rule's configuration of a launch. It exists for every operand class, rank and GPU."""
     bucket = rank_bucket(rank)
     kernel = kernel.removesuffix("_last_adds")  # the same kernel, used in the form last_adds
     row = _ROWS[operands].get(kernel) if operands != NARROW else None
-    if row is None:  # narrow operands, or a kernel that takes no others
+    if row is None:  # narrow operands, or a kernel that takes only narrow operands
         row = _NARROW_ROWS[kernel][bucket]
         if shared_bytes >= HOPPER_SHARED_BYTES:
             row = _HOPPER_ROWS.get(kernel, {}).get(bucket, row)

@@ -321,8 +321,9 @@ def _plan(
 ) -> tuple[tuple[None, ...], tuple[int, int], bool, tuple[int, ...], Launcher, Launcher]:
     """Return what :func:`decode` caches.
 
-    This is: a None for each projection below MAX_PROJECTIONS, the size of T and S, whether to save S, the size of the
-    workspace, and the two launches.
+    This is: a tuple of Nones, the size of T and S, whether to save S, the size of the workspace, and the two launches.
+    The kernels take MAX_PROJECTIONS projections. The Nones fill the arguments of the projections that a call does not
+    have.
     """
     fusion = None if x_source is None and not Ss else fusion
     (M, K), R, count = x.shape, As[0].shape[0], len(ys)

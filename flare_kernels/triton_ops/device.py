@@ -32,7 +32,7 @@ def round_to(b, dtype: tl.constexpr):
 
 @triton.jit
 def dot(b_left, b_right, b_acc):
-    """Return b_acc + b_left b_right, with float32 sums and float32 operands in IEEE precision."""
+    """Return b_acc + b_left b_right, summed in float32. Float32 operands are multiplied in IEEE precision, not TF32."""
     if INTERPRET:
         # the interpreter would multiply the uint16 values that hold bfloat16
         b_left = b_left.to(tl.float32)
@@ -113,7 +113,7 @@ def load_mask_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.cons
 
 @triton.jit
 def drop(b_x, b_byte, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return the tile (BLOCK_M, BLOCK_K), zero where the bit of its mask bytes (BLOCK_M, BLOCK_K / 8) is 0."""
+    """Return b_x (BLOCK_M, BLOCK_K), zero where the element's bit in b_byte (BLOCK_M, BLOCK_K / 8) is 0."""
     b_bit = (b_byte[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
     return tl.where(tl.reshape(b_bit, (BLOCK_M, BLOCK_K)) != 0, b_x, 0.0)
 

@@ -96,8 +96,9 @@ def expand_kernel(
 
     y_i, out_i (M, N_i) with the same strides, and the same memory if the sum is in place; T, S (M, COUNT R);
     B_i (N_i, R). A group is up to tiles_per_group neighbouring tiles of N. Groups below groups_0 belong to projection
-    0, further groups below groups_01 to projection 1. phi is rounded to the compute dtype; the sum is rounded once, to
-    y's dtype. If READS_Y is false, y_i is not read; bias_i (N_i,) is added instead if HAS_BIAS.
+    0, further groups below groups_01 to projection 1, the rest to projection 2. phi is rounded to the compute dtype;
+    the sum is rounded once, to y's dtype. If READS_Y is false, y_i is not read; bias_i (N_i,) is added instead if
+    HAS_BIAS.
     """
     i_m = tl.program_id(0)
     i_group = tl.program_id(1)
@@ -242,7 +243,11 @@ def _plan(
     fusion: str | None,
     follow_table: bool,
 ) -> tuple[str, tuple[None, ...], Launcher | None]:
-    """Return the form, a None for each projection below MAX_PROJECTIONS, and the launch (None if there is none)."""
+    """Return the form, a tuple of Nones, and the launch (None if this call launches no kernel itself).
+
+    The kernel takes MAX_PROJECTIONS projections. The Nones fill the arguments of the projections that a call does not
+    have.
+    """
     M, R, widths = ys[0].shape[0], Bs[0].shape[1], [y.shape[1] for y in ys]
     if M == 0 or not any(widths):
         return "empty", (), None

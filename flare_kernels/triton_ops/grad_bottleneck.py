@@ -226,7 +226,7 @@ def grad_bottleneck(
         Bs: (N_i, R) each, any float dtype; rounded to the compute dtype tile by tile.
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
-        dT, dS: destinations like T, any strides; None if not required.
+        dT, dS: destinations with the shape and dtype of T, any strides; None if not required.
         B_grad_dtype: dtype of dB, which is summed in float32; None if dB is not required.
         follow_table: take the plain PyTorch form if the tuned table prefers it.
 
@@ -316,8 +316,9 @@ def _separate_launches(call: _Call) -> list[Tensor] | None:
     return None if B_grad_dtype is None else dBs
 
 
-#: What :func:`grad_bottleneck` caches: the form, a None for each projection below MAX_PROJECTIONS, the widths N_i, the
-#: size of dB, the size of the workspace, the launch, and the launch of the split-K reduction.
+#: What :func:`grad_bottleneck` caches: the form, a tuple of Nones, the widths N_i, the size of dB, the size of the
+#: workspace, the launch, and the launch of the split-K reduction. A launch that the call does not need is None. The
+#: kernel takes MAX_PROJECTIONS projections; the Nones fill the arguments of the projections that a call does not have.
 _Plan = tuple[
     str,
     tuple[None, ...],

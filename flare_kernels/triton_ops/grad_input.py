@@ -103,8 +103,8 @@ def grad_input(
         keep_scale: factor of the kept elements.
         dtype: dtype of dx; not used with ``out``.
         out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
-        follow_table: whether one BLAS call may replace the kernel, if all dtypes are equal and there is no mask. It
-            always does with ``out``; without ``out``, the tuned table may prefer the kernel.
+        follow_table: run one BLAS call instead of the kernel if all dtypes are equal and there is no mask. Without
+            ``out``, the kernel still runs if the tuned table prefers it.
     """
     if follow_table and mask is None and out is not None and out.dtype == A.dtype == dT.dtype:
         return out.addmm_(dT, A)  # moves as few bytes as a kernel would

@@ -67,9 +67,9 @@ def grad_weight_kernel(
 
     dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program accumulates a (BLOCK_K, BLOCK_R) tile
     of dA^T and stores its transpose. The matrix products then have BLOCK_K rows, at least 64 in the general rule at
-    every rank. A tile of dA would give the products BLOCK_R rows, which are only 16 at a small rank. LAST_ADDS: the
-    program that finishes a tile last adds up the tile's splits in total (R, K); counters has one entry per tile, which
-    is zero before and after the launch.
+    every rank. A tile of dA would give the products BLOCK_R rows, which are only 16 at a small rank. With
+    LAST_ADDS, the program that finishes a tile last writes the sum of the tile's splits to total (R, K). counters has
+    one entry per tile, which is zero before and after the launch.
     """
     i_k = tl.program_id(0)
     i_r = tl.program_id(1)
@@ -185,7 +185,7 @@ def grad_weight(
 
     Args:
         dT, dS: (M, R) in the compute dtype, any strides.
-        x, x_source: (M, K), any strides and float dtype; rounded to the compute dtype tile by tile. Either of the pairs
+        x, x_source: (M, K), any strides and float dtype; rounded to the compute dtype tile by tile. One of the pairs
             (dT, x) and (dS, x_source) may be (None, None).
         mask, mask_source: packed dropout masks of the streams, as in the forward pass.
         keep_scale: factor of the kept elements.
@@ -256,7 +256,10 @@ def _plan(
     keep_scale: float,
     follow_table: bool,
 ) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
-    """Return the form, the sizes of dA and workspace (or None), the launch, and the launch of the split-K reduction."""
+    """Return the form, the size of dA, the workspace's size, the launch, and the launch of the split-K reduction.
+
+    The last three are None if this call does not need them.
+    """
     (M, K), R = x.shape, dT.shape[1]
     if x_source is not None and (mask is None) != (mask_source is None):
         return "separate", (R, K), None, None, None

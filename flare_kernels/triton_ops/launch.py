@@ -1,9 +1,9 @@
-"""Configurations of kernel launches, and the launchers that plans cache (a plan: :mod:`flare_kernels.launch_mode`).
+"""Configurations of kernel launches, and the launchers that plans cache.
 
-The key of a plan holds everything that the plan depends on: shapes, dtypes, strides, the low bits of every address,
-options and device. This includes everything that Triton specialises a kernel on, so a cached launcher may call the
-compiled kernel directly. Tensors that the primitives allocate are not part of a key, because PyTorch aligns them to
-more than 16 bytes.
+A plan is what a primitive computes once per distinct call (:mod:`flare_kernels.launch_mode`). The key of a plan holds
+everything that the plan depends on: shapes, dtypes, strides, the low bits of every address, options and device. This
+includes everything that Triton specialises a kernel on, so a cached launcher may call the compiled kernel directly.
+Tensors that the primitives allocate are not part of a key, because PyTorch aligns them to more than 16 bytes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ MAX_PROJECTIONS = 3
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-# The properties of a tensor that are part of a key, for `map`, which loops in C. A Python loop would take longer than
-# the launch.
+# Functions that read the parts of a tensor that belong to a key. They are called through `map`, which loops in C,
+# because a Python loop would take longer than the launch.
 LAYOUT = operator.attrgetter("shape", "dtype")
 STRIDE = Tensor.stride
 ADDRESS = Tensor.data_ptr
@@ -130,7 +130,7 @@ def _append_name(names: list[str], name: str, run: Callable[..., Any] | None = N
 
     def without_launch(*args: Any) -> None:
         nonlocal names
-        names += [name]  # names.append would count as a call where tests count the calls of a training step
+        names += [name]  # not names.append: tests count the calls of a training step, and append is a call
 
     def with_launch(*args: Any) -> Any:
         names.append(name)

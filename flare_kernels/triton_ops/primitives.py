@@ -16,9 +16,9 @@ with either module.
 =====================  ==============================================================================================
 
 All sums are float32. Float32 operands are multiplied in IEEE float32, never TF32. The same call gives the same bits.
-A step may have several forms (``FORMS`` in ``config.py``); :mod:`flare_kernels.forms` chooses one for a call. The
-functions of this module always run kernels. ``backend="auto"`` uses the functions in :data:`tuned`, which also take the
-plain PyTorch form if the launch table or the general rule prefers it.
+A primitive may have several implementations, called forms (``FORMS`` in ``config.py``). :mod:`flare_kernels.forms`
+chooses the form of a call. The functions of this module always run kernels. ``backend="auto"`` uses the functions in
+:data:`tuned`, which also take the plain PyTorch form if the launch table or the general rule prefers it.
 """
 
 from __future__ import annotations

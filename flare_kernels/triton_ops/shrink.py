@@ -66,9 +66,9 @@ def shrink_kernel(
 ):
     """Compute out[i_split, 0] = drop(x) A^T and out[i_split, 1] = drop(x_source) A^T over the K tiles of one split.
 
-    x, x_source (M, K); A (R, K); out (splits, streams, M, R), contiguous. SUM_STREAMS: out has one stream, the sum of
-    both. LAST_ADDS: the program that finishes a tile last adds up the tile's splits in total (streams, M, R); counters
-    has one entry per tile, which is zero before and after the launch.
+    x, x_source (M, K); A (R, K); out (splits, streams, M, R), contiguous. With SUM_STREAMS, out has one stream, the
+    sum of both. With LAST_ADDS, the program that finishes a tile last writes the sum of the tile's splits to total
+    (streams, M, R). counters has one entry per tile, which is zero before and after the launch.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
     # programs that read the same x for different blocks of R are neighbours, so that x is in the cache
@@ -279,7 +279,10 @@ def _plan(
     sum_streams: bool,
     follow_table: bool,
 ) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
-    """Return the form, the sizes of result and workspace (or None), the launch, and the split-K reduction's launch."""
+    """Return the form, the result's size, the workspace's size, the launch, and the launch of the split-K reduction.
+
+    The last three are None if this call does not need them.
+    """
     (M, K), R = x.shape, A.shape[0]
     if x_source is not None and (mask is None) != (mask_source is None):
         if sum_streams:

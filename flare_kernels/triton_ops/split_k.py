@@ -28,7 +28,7 @@ _MAX_SPLITS = 64
 #: Largest number of tiles of one result in the form "last_adds", which has a counter per tile.
 MAX_COUNTERS = 4096
 
-#: BLOCK_M is the number of splits per step, BLOCK_N the number of elements per program.
+#: BLOCK_M is the number of splits per loop iteration, BLOCK_N the number of elements per program.
 _CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=0, BLOCK_N=256, BLOCK_R=0, num_warps=4, num_stages=2)
 
 
@@ -75,8 +75,8 @@ def reduction_launcher(mode: Mode, workspace_size: Sequence[int], device: torch.
 def is_last_program(counter, splits):
     """Return whether this program is the last of ``splits`` programs to call this function with this counter.
 
-    The last program sees all stores that the others made before their call. The counter is zero before the first and
-    after the last call.
+    The last program sees all stores that the other programs made before their calls. The counter is zero before the
+    first and after the last call.
     """
     tl.debug_barrier()  # orders the stores of all threads before the release, which one thread executes
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
@@ -89,9 +89,10 @@ def is_last_program(counter, splits):
 def reduce_splits(
     workspace, out, splits, rows, columns, start, end, o_col, m_col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr
 ):
-    """Compute out[i, o_col] = sum over s of workspace[s, i, o_col], in the order of s, for rows i from start to end.
+    """Compute out[i, o_col] = sum over s of workspace[s, i, o_col], in the order of s, for one block of rows i.
 
-    There are at most BLOCK_ROW rows. workspace (splits, rows, columns), out (rows, columns), both contiguous.
+    The block has the rows from start to start + BLOCK_ROW that are less than end. workspace (splits, rows, columns) and
+    out (rows, columns) are contiguous.
     """
     HALF: tl.constexpr = BLOCK_ROW // 2  # the sum and the loaded split, both as full tiles, would not fit in registers
     for i_half in range(2):

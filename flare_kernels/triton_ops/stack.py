@@ -74,7 +74,7 @@ def _config(columns: int) -> TileConfig:
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return matrices (R_i, K) concatenated along the rows in dtype, (sum of R_i, K), contiguous.
 
-    A single matrix of that dtype is returned itself.
+    A single matrix that already has this dtype is returned without a copy.
     """
     first = weights[0]
     if first.dtype == dtype and not weights[1:]:
@@ -99,7 +99,10 @@ def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _plan(mode: Mode, weights: Sequence[Tensor]) -> tuple[tuple[int, int], tuple[None, ...], Launcher | None]:
-    """Return the size of the result, a None for each weight below MAX_PROJECTIONS, and the launch (or None)."""
+    """Return the size of the result, a tuple of Nones, and the launch (None if plain PyTorch stacks these weights).
+
+    The kernel takes MAX_PROJECTIONS weights. The Nones fill the arguments of the weights that a call does not have.
+    """
     K, ranks = weights[0].shape[1], [weight.shape[0] for weight in weights]
     size = (sum(ranks), K)
     if len(weights) > MAX_PROJECTIONS or len({weight.dtype for weight in weights}) > 1 or 0 in size:

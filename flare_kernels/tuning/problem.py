@@ -1,4 +1,7 @@
-"""The problems that the tuner measures: every step at the sizes of the paper's models, on random data."""
+"""The problems that the tuner measures: every step at the sizes of the paper's models, on random data.
+
+A step is one operation of the adapter (:mod:`flare_kernels.forms`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ FUSION = "add_relu"
 
 @dataclass(frozen=True)
 class Shape:
-    """Query and value projection of one block: input width d, output ``widths``. Lower tiers are tuned first."""
+    """Query and value projection of one block: input width d, output ``widths``. Shapes of a lower tier come first."""
 
     name: str
     d: int
@@ -41,18 +44,18 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-#: Tensors and lists of tensors of a problem, by name.
+#: The inputs of a problem: name -> tensor or list of tensors.
 Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """The call of a step.
+    """How a step is called.
 
     Attributes:
         inputs: the names of the step's inputs.
-        run: function of a module of primitives and the inputs that returns the results. If ys is an input, it is
-            changed in place.
+        run: takes a module of primitives and the inputs, and returns the results. If ys is an input, it is changed in
+            place.
     """
 
     inputs: tuple[str, ...]
@@ -80,7 +83,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
 
     def make(self, device: torch.device, *, real: bool = True) -> Inputs:
-        """Return random inputs, or uninitialised tensors of their sizes if ``real`` is false."""
+        """Return random inputs, or uninitialised tensors of the same sizes if ``real`` is false."""
         M, r, d, widths = self.M, self.r, self.shape.d, self.shape.widths
         R = len(widths) * r
 

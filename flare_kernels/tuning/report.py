@@ -1,4 +1,7 @@
-"""The tuner's output: a row for each timed problem, then the ratio of each step's time to its lower bound."""
+"""The tuner's output: a row for each timed problem, then the ratio of each step's time to its lower bound.
+
+A problem is one step at one size (:mod:`.problem`). A variant is a form of the step with its tiles (:mod:`.variants`).
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ class Measurement:
         problem: the step and size that was timed.
         us: name of a form -> time of its best variant in microseconds. The name of the general rule's form with the
             suffix GENERAL_RULE -> time of the general rule's tiles.
-        best: the variant for the launch table: the fastest valid one, or one of the general rule's form that is equally
-            fast within the noise. None if no variant is valid.
-        floor_us: the step's bytes divided by the copy bandwidth; None for the step order, which is compute-bound.
+        best: the variant to store in the launch table. This is the fastest valid variant, or a variant of the general
+            rule's form whose time differs by no more than the noise. None if no variant is valid.
+        floor_us: the step's bytes divided by the copy bandwidth; None for the step "order", which is compute-bound.
         tried: number of variants that were checked.
         rejected: a line for each variant that failed or gave wrong results, with the reason.
     """

@@ -1,9 +1,11 @@
 """The offline tuner: times every form of every step, with all candidate tiles, on this GPU.
 
-A variant is a form with its tiles. It is valid if its error against float32 results is at most twice the error of the
-plain PyTorch form, plus one epsilon of the largest entry. All valid variants are timed in a few rounds. The best
-variant of each form and the best three overall are timed again, in alternation. The fastest of them goes into the
-launch table (:mod:`flare_kernels.launch_table`). Nothing is tuned while a model runs.
+A step is one operation of the adapter, a form is one implementation of a step, and a variant is a form with its tiles.
+A variant is valid if its error against float32 results is at most twice the error of the plain PyTorch form, plus the
+dtype's epsilon times the largest entry. All valid variants are timed in a few rounds. The best variant of each form,
+the best three overall and the general rule's variant are timed again, in alternation. The fastest of them goes into the
+launch table (:mod:`flare_kernels.launch_table`); if the general rule's form is as fast within the noise, it is
+preferred. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Check:
         plain = problem.run(torch_ops, _fresh(self._inputs))
         epsilon = torch.finfo(problem.dtype).eps
         self._truth = truth
-        #: largest allowed error of each result: twice the plain form's error plus one epsilon of the largest entry
+        #: largest allowed error of each result: twice the plain form's error plus epsilon times the largest entry
         self._allowed = [
             2 * (result.float() - exact).abs().max() + epsilon * exact.abs().max()
             for result, exact in zip(plain, truth, strict=True)
@@ -57,7 +59,8 @@ class Check:
         """Return whether a variant's results are correct on the problem's inputs."""
         results = zip(run(_fresh(self._inputs)), self._truth, self._allowed, strict=True)
         # a comparison with NaN is false
-        return bool(torch.stack([(got.float() - exact).abs().max() <= most for got, exact, most in results]).all())
+        is_valid = [(result.float() - exact).abs().max() <= allowed for result, exact, allowed in results]
+        return bool(torch.stack(is_valid).all())
 
 
 def _fresh(inputs: Inputs) -> Inputs:
@@ -89,7 +92,7 @@ def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: fl
     for variant in variants(problem, shared_memory_bytes(device), capability(device)):
         measurement.tried += 1
         try:
-            # compiles the kernels that are not compiled yet; Triton prints all assembly that ptxas rejects
+            # the first launch compiles a kernel, and Triton then prints all assembly that ptxas rejects
             with variant.forced(), contextlib.redirect_stdout(io.StringIO()):
                 if check(run):
                     timed.append((timer(run, inputs, rounds=_FIRST_ROUNDS), variant))

@@ -18,13 +18,16 @@ from .problem import Inputs, Problem
 _MAX_SETS = 128
 #: Largest number of attempts to measure a round in which the host stays ahead of the device.
 _ATTEMPTS = 6
-#: Approximate clock of a GPU, and the shortest sleep, about 1 ms.
+#: Approximate clock rate of a GPU, and the shortest sleep in clock cycles (about 1 ms).
 _CYCLES_PER_SECOND = 2_000_000_000
 _MIN_CYCLES = 2_000_000
 
 
 class Timer(Protocol):
-    """Function that returns the median time of a call in microseconds, over ``rounds`` of calls on rotating inputs."""
+    """Function that calls ``run`` on the sets of inputs in turn, and returns the time of a call in microseconds.
+
+    A round is a fixed number of calls. The result is the median over ``rounds`` rounds.
+    """
 
     def __call__(self, run: Callable[[Inputs], object], inputs: list[Inputs], *, rounds: int) -> float: ...
 
@@ -32,6 +35,7 @@ class Timer(Protocol):
 class DeviceTimer:
     """A :class:`Timer` with CUDA events, in which the host queues all launches of a round before the device starts.
 
+    A round has ``calls`` calls, which are timed together.
     Many kernels take less time than their launch takes on the host. The device therefore sleeps while the host queues
     the round. The round is valid if the host has queued all of its calls before the device reaches the first event.
     """
@@ -68,7 +72,7 @@ class DeviceTimer:
 
 
 def rotation(problem: Problem, device: torch.device) -> list[Inputs]:
-    """Return sets of inputs that together are larger than twice the L2 cache; a single set without CUDA."""
+    """Return sets of inputs, enough to exceed twice the L2 cache (at most _MAX_SETS); a single set without CUDA."""
     first = problem.make(device)
     if device.type != "cuda":
         return [first]

@@ -86,7 +86,7 @@ def addresses_of(tensor: Tensor) -> np.ndarray:
 def checked() -> Iterator[dict[str, Accesses]]:
     """Check every access of every kernel that the interpreter runs. Yields the accesses by kernel name.
 
-    A launch that accesses memory outside its tensors raises an error of the interpreter, caused by OutOfBounds.
+    A launch that accesses memory outside its tensors raises an error of the interpreter, whose cause is OutOfBounds.
     """
     builder, execute = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
     accesses: dict[str, Accesses] = defaultdict(Accesses)

@@ -1,12 +1,12 @@
-"""Bitwise comparison of each kernel with naive kernels under Triton's floating-point sanitizer, FpSan.
+"""Bitwise comparison of each kernel with simple kernels of the same formula under Triton's sanitizer FpSan.
 
     TRITON_INSTRUMENTATION_MODE=fpsan python tests/kernels/exact.py     # a GPU and Triton 3.8 or later
     TRITON_INTERPRET=1 python tests/kernels/exact.py --close            # with tolerances, in float arithmetic
 
-FpSan replaces floating-point arithmetic by integer arithmetic in which sums and products do not depend on their order.
-Two kernels that compute the same formula give the same bits, independent of tiles, splits and fused operations. Kernels
-that compute different formulas give different bits. All tensors are float32, because FpSan treats rounding as another
-function.
+FpSan, the floating-point sanitizer, replaces floating-point arithmetic by integer arithmetic in which sums and products
+do not depend on their order. Two kernels that compute the same formula give the same bits, independent of tiles, splits
+and fused operations. Kernels that compute different formulas give different bits. All tensors are float32, because
+FpSan treats a rounding as part of the formula.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def elementwise(T: Tensor, S: Tensor, fusion: str, dH: Tensor | None = None) -> 
 
 
 def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.device) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, results of the package's kernels, results of the naive kernels)."""
+    """Yield (name, results of the package's kernels, results of the simple kernels)."""
     M, K, N, R = size
     x, x_source = torch.randn(M, K, device=device), torch.randn(M, K, device=device)
     As = [torch.randn(R, K, device=device) * K**-0.5 for _ in range(2)]
@@ -121,23 +121,25 @@ def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.devi
         dx = dx if mask is None else torch.where(mask != 0, dx, 0.0)
         yield f"grad_input{name}", [triton_ops.grad_input(T, A, dtype=torch.float32, **one_mask)], [dx]
     H, _ = elementwise(T, S, fusion)
-    want = [product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)]
-    got = [y.clone() for y in ys]
-    triton_ops.expand_(got, T, S, Bs, **phi)
-    yield "expand", got, want
+    expected = [
+        product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)
+    ]
+    actual = [y.clone() for y in ys]
+    triton_ops.expand_(actual, T, S, Bs, **phi)
+    yield "expand", actual, expected
     dT, dS = torch.empty_like(T), torch.empty_like(S)
     dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=torch.float32, **phi)
     dH = torch.cat([product(G, B, scaling) for G, B, scaling in zip(Gs, Bs, scalings, strict=True)], 1)
-    want = [product(G.T, H[:, at], scaling) for G, at, scaling in zip(Gs, columns, scalings, strict=True)]
-    yield "grad_bottleneck", [dT, dS, *dBs], [*elementwise(T, S, fusion, dH), *want]
+    expected = [product(G.T, H[:, at], scaling) for G, at, scaling in zip(Gs, columns, scalings, strict=True)]
+    yield "grad_bottleneck", [dT, dS, *dBs], [*elementwise(T, S, fusion, dH), *expected]
     if triton_ops.can_decode(M, [R, R]):
         H, _ = elementwise(product(x, A.T), product(x_source, A.T), fusion)
-        want = [
+        expected = [
             product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)
         ]
-        got = [y.clone() for y in ys]
-        triton_ops.decode(x, x_source, [], got, As, Bs, compute_dtype=torch.float32, save_for_backward=False, **phi)
-        yield "decode", got, want
+        actual = [y.clone() for y in ys]
+        triton_ops.decode(x, x_source, [], actual, As, Bs, compute_dtype=torch.float32, save_for_backward=False, **phi)
+        yield "decode", actual, expected
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -162,8 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     different = 0
     for size in SIZES[::2] if options.close else SIZES:  # the interpreter is slow
         for fusion in ("add", "mul_relu"):
-            for what, got, want in comparisons(size, fusion, device):
-                pairs = list(zip(got, want, strict=True))
+            for what, actual, expected in comparisons(size, fusion, device):
+                pairs = list(zip(actual, expected, strict=True))
                 if options.close:
                     same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
                 else:

@@ -1,4 +1,4 @@
-"""A few calls of every kernel with odd sizes, for the bounds checker and for the sanitizers of a GPU.
+"""A few calls of every kernel with odd sizes, for the bounds checker (bounds.py) and for compute-sanitizer on a GPU.
 
 python tests/kernels/odd_calls.py     # on a CUDA device or in the interpreter; prints the number of launches by kernel
 """
@@ -59,22 +59,22 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
         one_mask = {key: value for key, value in dropped.items() if key != "mask_source"}
         yield both("grad_input", T, A, dtype=dtype, **one_mask)
         dx = randn(M, K)
-        want = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one_mask)
-        yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one_mask)], [want]
-    got, want = [place(y) for y in ys], [y.clone() for y in ys]
-    triton_ops.expand_(got, T, S, Bs, **phi)
-    torch_ops.expand_(want, T, S, Bs, **phi)
-    yield got, want
+        expected = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one_mask)
+        yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one_mask)], [expected]
+    actual, expected = [place(y) for y in ys], [y.clone() for y in ys]
+    triton_ops.expand_(actual, T, S, Bs, **phi)
+    torch_ops.expand_(expected, T, S, Bs, **phi)
+    yield actual, expected
     yield grad_bottlenecks(place, Gs, T, S, Bs, B_grad_dtype=adapter, **phi)
     if triton_ops.can_decode(M, [R, R]):
         for Ss in ([], [S[:, :R], S[:, R:]]):
-            got = [place(y) for y in ys]
+            actual = [place(y) for y in ys]
             call = {"compute_dtype": dtype, "save_for_backward": True, **phi}
-            triton_ops.decode(x, None if Ss else x_source, Ss, got, As, Bs, **call)
+            triton_ops.decode(x, None if Ss else x_source, Ss, actual, As, Bs, **call)
             T_exact, S_exact = (s @ A.float().T for s in (x.float(), x_source.float()))
-            want = [y.clone().float() for y in ys]
-            torch_ops.expand_(want, T_exact, S.float() if Ss else S_exact, [B.float() for B in Bs], **phi)
-            yield got, want
+            expected = [y.clone().float() for y in ys]
+            torch_ops.expand_(expected, T_exact, S.float() if Ss else S_exact, [B.float() for B in Bs], **phi)
+            yield actual, expected
 
 
 def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -104,10 +104,10 @@ def grad_bottlenecks(place: Place, Gs: list[Tensor], T: Tensor, *args: Any, **op
     return results[0], results[1]
 
 
-def require_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
-    """Raise AssertionError if results differ from plain PyTorch's by far. Other tests use smaller tolerances."""
+def require_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    """Raise AssertionError if results are far from plain PyTorch's results. Other tests use smaller tolerances."""
     tolerance = 1e-4 if dtype == F32 else 0.1
-    for ours, plain in zip(got, want, strict=True):
+    for ours, plain in zip(actual, expected, strict=True):
         atol = tolerance * float(plain.double().abs().max() + 1)
         torch.testing.assert_close(ours.double(), plain.double(), rtol=tolerance, atol=atol)
 
@@ -121,8 +121,8 @@ def main() -> int:
     with counting() as names:
         for calls, cases in ((odd_calls, CASES), (odd_forms.odd_forms, odd_forms.CASES)):
             for case in cases:
-                for got, want in calls(case, torch.clone, device):
-                    require_close(got, want, case[-1][0])
+                for actual, expected in calls(case, torch.clone, device):
+                    require_close(actual, expected, case[-1][0])
     print(", ".join(f"{name} {count}" for name, count in sorted(Counter(names).items())))
     return 0
 

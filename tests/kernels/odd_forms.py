@@ -1,4 +1,7 @@
-"""Calls with odd sizes in the forms that the general rule does not take. odd_calls.py runs these calls too."""
+"""Calls with odd sizes in the forms (implementations) that the general rule does not choose.
+
+odd_calls.py runs these calls too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from flare_kernels.launch_mode import counting, forcing
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.config import FORMS, NARROW, TileConfig, can_run
 
-#: Length of the summed axis, length of the other axis (M and K or N), R, (dtype of T, dtype of A and B).
+#: Length of the summed axis, length of the other axis, R, (dtype of T, dtype of A and B). The summed axis is K for
+#: shrink, and M for grad_weight and dB.
 CASES: list[tuple[int, int, int, tuple[torch.dtype, torch.dtype]]] = [
     (131, 19, 5, (F32, F32)),
     (136, 24, 24, (BF16, BF16)),  # rows of a multiple of 16 bytes, as tensor descriptors require
@@ -27,7 +31,10 @@ _PHI: dict[str, Any] = {"scalings": [0.5, 2.0], "fusion": "mul_relu"}
 
 
 def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call the forms that the general rule does not take, expand_ without reading y, and a layer in adapter_first.
+    """Call the forms that the general rule does not choose.
+
+    In addition, call expand_ with biases, so that it does not read y, and a layer in the order adapter_first
+    (flare_kernels/order.py).
 
     Yields:
         The results of each call, and the results of plain PyTorch.
@@ -45,20 +52,20 @@ def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results
     yield results
     bias_vectors = [randn(1, B.shape[0])[0] for B in Bs]
     for biases in (bias_vectors, [None, None]):
-        got, want = ([place(torch.full_like(G, torch.nan)) for G in Gs] for _ in range(2))
-        for ops, ys in ((triton_ops, got), (torch_ops, want)):
+        actual, expected = ([place(torch.full_like(G, torch.nan)) for G in Gs] for _ in range(2))
+        for ops, ys in ((triton_ops, actual), (torch_ops, expected)):
             ops.expand_(ys, T, S, Bs, biases=biases, **_PHI)
-        yield got, want
+        yield actual, expected
     K = N + 2
     leaves = {"x": randn(M, K), "x_source": randn(M, K), "B.q": Bs[0], "B.v": Bs[1]}
     leaves |= {f"A.{name}": randn(R, K, adapter, K**-0.5) for name in "qv"}
     weights = [randn(B.shape[0], K, scale=K**-0.5) for B in Bs]
     frozen = {"weights": dict(zip("qv", weights, strict=True)), "biases": dict(zip("qv", bias_vectors, strict=True))}
     with forcing(form="adapter_first"), counting() as names:
-        got = _step(leaves, frozen, Gs, "triton")
+        actual = _step(leaves, frozen, Gs, "triton")
     assert names.count("expand_kernel") == 1 and names.count("grad_input_kernel") == 1, names
     with forcing(form="frozen_first"):
-        yield got, _step(leaves, frozen, Gs, "torch")
+        yield actual, _step(leaves, frozen, Gs, "torch")
 
 
 def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
@@ -66,8 +73,8 @@ def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
     long, short, R, (dtype, adapter) = case
     randn = random_in(place, device, dtype)
     forms: list[tuple[str, dict[str, Any]]] = [("last_adds", {}), ("last_adds", {"keep_scale": KEEP_SCALE})]
-    runs = can_run("shrink", "tma", NARROW, capability(device))
-    if runs and dtype != F32 and long % 8 == short % 8 == R % 8 == 0:
+    has_descriptors = can_run("shrink", "tma", NARROW, capability(device))
+    if has_descriptors and dtype != F32 and long % 8 == short % 8 == R % 8 == 0:
         forms.append(("tma", {}))
     seed = torch.tensor(7, device=device)
     for step, M, K in (("shrink", short, long), ("grad_weight", long, short)):

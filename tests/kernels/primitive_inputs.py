@@ -104,16 +104,16 @@ def hidden(T: Tensor, S: Tensor, fusion: str | None, dtype: torch.dtype) -> Tens
     return T.to(dtype) if fusion is None else get_fusion(fusion)(S.to(dtype), T.to(dtype))
 
 
-def assert_close(got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0) -> None:
+def assert_close(actual: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0) -> None:
     """Assert the criterion of this module; truth is float64.
 
-    scale: typical magnitude of the values, for results of a few elements. All elements can be small by cancellation,
-    and plain PyTorch's error then depends on the CPU's BLAS. 0: the largest element of truth.
+    scale: typical magnitude of the values; it replaces the largest value if it is larger. Results of a few elements
+    need it, because all their elements can be small by cancellation, while the errors are not.
     """
-    assert got.shape == truth.shape
+    assert actual.shape == truth.shape
     if truth.numel() == 0:
         return
-    error = (got.to(F64) - truth).abs().max().item()
+    error = (actual.to(F64) - truth).abs().max().item()
     scale = max(scale, truth.abs().max().item())
     allowed = 2 * (plain.to(F64) - truth).abs().max().item() + torch.finfo(dtype).eps * scale
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

@@ -140,7 +140,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from flare_kernels import aot
 
-class Driver:  # the queries of a launch before it looks up a compiled kernel
+class Driver:  # answers the queries that a launch makes before it looks up a compiled kernel
     get_current_device = get_current_stream = lambda self, device=0: 0
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
     get_active_torch_device = lambda self: torch.device("cpu")

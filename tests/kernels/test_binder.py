@@ -127,7 +127,8 @@ for form in ("tma", "last_adds"):
             one_round(size, layout, 0)
 wrong = [key for key, specialisations in by_key.items() if len(specialisations) > 1]
 assert not wrong, wrong[0]
-assert any(len(specialisations) > 1 for specialisations in by_part.values()), "the check cannot fail"
+# without the low bits of the addresses, a key must have several specialisations; otherwise this test cannot fail
+assert any(len(specialisations) > 1 for specialisations in by_part.values()), "no misaligned tensor was bound"
 assert min(times.values()) >= 1 and sum(count > 1 for count in times.values()) > 500, len(times)
 print(*sorted(bound_kernels))
 """

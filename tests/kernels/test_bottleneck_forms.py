@@ -1,4 +1,7 @@
-"""The forms of grad_bottleneck compared with float64, for several tile sizes, and the bytes that each form moves."""
+"""The forms of grad_bottleneck, compared with float64 for several tile sizes, and the bytes that each form moves.
+
+The forms differ in the order of their programs (flare_kernels/triton_ops/grad_bottleneck.py).
+"""
 
 from __future__ import annotations
 
@@ -63,10 +66,10 @@ def test_each_form_matches_float64(form: str, tiles: str, dtype: torch.dtype, de
             dH = scaling * (i.G.to(precision) @ i.B.to(precision))
             grads = get_fusion("mul_relu").backward(dH, i.S.to(precision), i.T.to(precision))
             results[precision] = [*grads, (scaling * i.G.to(precision)).T @ hidden(i.T, i.S, "mul_relu", precision)]
-        for got, plain, truth in zip(
+        for actual, plain, truth in zip(
             (dT[:, columns], dS[:, columns], dBs[at]), results[dtype], results[F64], strict=True
         ):
-            assert_close(got, plain, truth, dtype)
+            assert_close(actual, plain, truth, dtype)
 
 
 def test_rows_first_has_the_same_programs_in_another_order() -> None:
@@ -102,8 +105,11 @@ def llama(bytes_moved: Any) -> Any:
     return shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
 
 
-def test_bytes_of_each_form(bytes_moved: Any, llama: Any) -> None:
-    """The bytes follow from the shapes. In addition, the partial sums of dB are written once and read once."""
+def test_bytes_of_each_form_follow_from_the_shapes(bytes_moved: Any, llama: Any) -> None:
+    """Each form moves the bytes of its tensors, and writes and reads the partial sums of dB once.
+
+    The form rows_first reads G, T and S twice from memory.
+    """
     M, N, r = 8192, 5120, 64
     floor = 2 * M * N + 4 * (2 * M * 2 * r) + 2 * N * r + 4 * N * r
     assert bytes_moved.step_bytes(llama)["grad_bottleneck"] == floor == 94_240_768
@@ -128,7 +134,7 @@ def test_a_form_that_reads_G_once_moves_too_much(bytes_moved: Any, llama: Any) -
 
 
 def test_a_dry_run_times_each_part(tmp_path: Path) -> None:
-    """The benchmark script times rows, strips and both in the interpreter, and writes a result for each."""
+    """The benchmark script times row programs, strip programs and both together, and writes a result for each."""
     out, root = tmp_path / "parts.json", Path(__file__).parents[2]
     command = [sys.executable, "benchmarks/grad_bottleneck_parts.py", "--dry", "--shapes", "xlm-r-large", "--most", "3"]
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}

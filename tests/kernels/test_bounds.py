@@ -37,7 +37,7 @@ class Framed:
         self.buffers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Return a view with these values, surrounded by NaN (integers: bytes of ones), also between its rows."""
+        """Return a view with these values, surrounded by NaN (integers: 255), also between its rows."""
         rows, cols = values.shape
         filling = torch.nan if values.is_floating_point() else 255
         # the margin preserves the alignment of the rows, so that the aligned variants of the kernels are checked too
@@ -74,8 +74,8 @@ DECODE = {"shrink_decode", "expand_decode"}
 def test_every_kernel_stays_within_its_tensors(case: Any, framed: Framed) -> None:
     (M, *_, R, (dtype, _)) = case
     with bounds.checked() as seen:
-        for got, want in odd_calls(case, framed, torch.device("cpu")):
-            require_close(got, want, dtype)
+        for actual, expected in odd_calls(case, framed, torch.device("cpu")):
+            require_close(actual, expected, dtype)
     ran = {name.removesuffix("_kernel") for name, accesses in seen.items() if accesses.stores}
     assert ran >= KERNELS and (ran >= DECODE) == triton_ops.can_decode(M, [R, R]), ran
     assert all(accesses.loads for accesses in seen.values())
@@ -84,8 +84,8 @@ def test_every_kernel_stays_within_its_tensors(case: Any, framed: Framed) -> Non
 @pytest.mark.parametrize("case", odd_forms.CASES, ids=str)
 def test_every_form_stays_within_its_tensors(case: Any, framed: Framed) -> None:
     with bounds.checked() as seen:
-        for got, want in odd_forms.odd_forms(case, framed, torch.device("cpu")):
-            require_close(got, want, case[3][0])
+        for actual, expected in odd_forms.odd_forms(case, framed, torch.device("cpu")):
+            require_close(actual, expected, case[3][0])
     ran = {name.removesuffix("_kernel") for name, accesses in seen.items() if accesses.stores and accesses.loads}
     tma = {"shrink_tma", "grad_weight_tma"} if case[2] == 24 else set()
     assert ran >= KERNELS - {"dropout_mask"} | tma and (tma or not ran & {"shrink_tma", "grad_weight_tma"}), ran
@@ -107,7 +107,7 @@ def test_split_k_stays_within_its_workspace(name: str) -> None:
 
 @triton.jit
 def copy_kernel(x, y, rows, cols, x_stride, y_stride, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy x to y, with masks that allow READ and WRITE additional columns."""
+    """Copy x to y, with masks that let it read READ and write WRITE columns too many."""
     i_row = tl.program_id(0)
     o_col = tl.arange(0, BLOCK)
     b_x = tl.load(x + i_row * x_stride + o_col, mask=o_col < cols + READ, other=0.0)

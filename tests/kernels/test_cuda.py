@@ -66,7 +66,7 @@ def test_a_training_step_is_captured_in_a_cuda_graph(M: int, p: float) -> None:
     with torch.cuda.stream(stream):
         t = make(M)
         for _ in range(3):
-            want = step(t, **options)
+            expected = step(t, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         static = step(t, **options)
@@ -81,7 +81,7 @@ def test_a_training_step_is_captured_in_a_cuda_graph(M: int, p: float) -> None:
     assert not any(tensor.isnan().any() for tensor in replays[0])
     same = [torch.equal(a, b) for a, b in zip(*replays, strict=True)]
     if p == 0.0:
-        assert all(same) and all(torch.equal(a, b) for a, b in zip(replays[0], want, strict=True))
+        assert all(same) and all(torch.equal(a, b) for a, b in zip(replays[0], expected, strict=True))
     else:
         assert not any(same[i] for i in (0, 2)), "q and v must differ from replay to replay"
 
@@ -125,7 +125,7 @@ def test_decoding_takes_two_kernels_and_no_atomics(M: int) -> None:
     with torch.no_grad():
         base = {name: t["x"] @ t[f"W.{name}"].T for name in WIDTHS}
         adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5) for name in ("q", "v")}
-        fused_lora_qkv(t["x"], t["x_source"], base, adapters)  # compiled
+        fused_lora_qkv(t["x"], t["x_source"], base, adapters)  # compiles the kernels
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             fused_lora_qkv(t["x"], t["x_source"], base, adapters)
@@ -135,19 +135,19 @@ def test_decoding_takes_two_kernels_and_no_atomics(M: int) -> None:
     assert "decode" in launch_plan(M, 256, (256, 64), 16)
 
 
-def test_a_side_stream_is_respected() -> None:
-    """The inputs are still being written by a slow kernel on the same side stream."""
+def test_a_step_on_a_side_stream_waits_for_earlier_work_of_that_stream() -> None:
+    """When the step is launched, the side stream has not yet written the inputs."""
     t = make(300)
-    want = step(t)
+    expected = step(t)
     fresh = t["x"].detach().clone()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         t["x"].data.fill_(torch.nan)
         torch.cuda._sleep(50_000_000)
         t["x"].data.copy_(fresh)
-        got = step(t)
+        actual = step(t)
     stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -176,8 +176,8 @@ def test_auto_matches_float64_at_real_sizes(M: int, fusion: str | None) -> None:
         y = fused_lora(leaves[0], source, base_output.clone(), *leaves[1:], **options)
         return [y, *torch.autograd.grad(y, leaves, G.to(y.dtype))]
 
-    truth, plain, got = run("reference", torch.float64), run("reference"), run("auto")
-    for exact, usual, ours in zip(truth, plain, got, strict=True):
+    truth, plain, actual = run("reference", torch.float64), run("reference"), run("auto")
+    for exact, usual, ours in zip(truth, plain, actual, strict=True):
         eps = torch.finfo(torch.bfloat16).eps * exact.abs().max()
         assert (ours.double() - exact).abs().max() <= 2 * (usual.double() - exact).abs().max() + eps
 
@@ -194,7 +194,7 @@ def test_forms_give_the_same_bits_in_a_graph_and_on_concurrent_streams(form: str
         return [T, triton_ops.grad_weight(dT, x, None, None, grad_dtype=torch.float32)]
 
     with forcing(form=form), counting() as names:
-        want = run()
+        expected_results = run()
         assert all(name.startswith(("shrink", "grad_weight", "split_k_reduce")) for name in names)
         assert ("split_k_reduce_kernel" in names) == (form == "tma") == ("grad_weight_tma_kernel" in names)
         streams = [torch.cuda.Stream() for _ in range(3)]
@@ -214,7 +214,7 @@ def test_forms_give_the_same_bits_in_a_graph_and_on_concurrent_streams(form: str
                     results.append(run())
         torch.cuda.synchronize()
     for result in (static, *results):
-        assert all(torch.equal(got, expected) for got, expected in zip(result, want, strict=True))
+        assert all(torch.equal(actual, expected) for actual, expected in zip(result, expected_results, strict=True))
 
 
 def test_descriptors_are_made_in_autograd_threads() -> None:
@@ -222,11 +222,11 @@ def test_descriptors_are_made_in_autograd_threads() -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
     t = make(300)
-    want = step(t)
+    expected_results = step(t)
     with forcing(form="tma"), counting() as names:
         first = step(t)
         assert {"shrink_tma_kernel", "grad_weight_tma_kernel"} <= set(names)
         again = step(t)
-    for got, repeated, expected in zip(first, again, want, strict=True):
-        assert torch.equal(got, repeated)
-        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+    for actual, repeated, expected in zip(first, again, expected_results, strict=True):
+        assert torch.equal(actual, repeated)
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())

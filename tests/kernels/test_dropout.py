@@ -83,7 +83,7 @@ def test_masks_have_the_keep_rate_and_are_independent(p: float) -> None:
     assert abs(neighbours) < 5 / math.sqrt(rows * cols)
 
 
-def test_extreme_probabilities() -> None:
+def test_probabilities_0_and_1_drop_nothing_and_everything() -> None:
     assert dropout.packed_mask(seed_of(0), 3, 9, 0.0, 0) is None
     assert dropout.keep_scale(0.0) == 1.0
     zeros = dropout.packed_mask(seed_of(0), 3, 9, 1.0, 0)

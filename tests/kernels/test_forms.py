@@ -1,4 +1,4 @@
-"""All Triton forms of shrink and grad_weight, compared with float64 and with each other."""
+"""All Triton forms (implementations) of shrink and grad_weight, compared with float64 and with each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from flare_kernels.triton_ops.config import FORMS, TileConfig
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 by_form = pytest.mark.parametrize("form", ["triton", "tma", "last_adds"])
-#: more output tiles than programs; split sums; a single tile
+#: "few programs": there are more output tiles than programs. "splits": sums are split among programs. "one tile": the
+#: output is a single tile.
 TILES = {
     "few programs": TileConfig(64, 64, 0, 64, 4, 2, programs=3),
     "splits": TileConfig(16, 16, 0, 128, 4, 2, programs=200),
@@ -83,8 +84,8 @@ def test_each_form_of_shrink_matches_float64(form: str, case: str, device: torch
         both, _ = triton_ops.shrink(x, x_source, A, compute_dtype=shape.compute, sum_streams=True)
         alone, _ = triton_ops.shrink(x, None, A, compute_dtype=shape.compute)
         _, source = triton_ops.shrink(None, x_source, A, compute_dtype=shape.compute)
-    for got, baseline, exact in zip((T, S), plain, truth, strict=True):
-        assert_close(got, baseline, exact, shape.compute, scale)
+    for actual, baseline, exact in zip((T, S), plain, truth, strict=True):
+        assert_close(actual, baseline, exact, shape.compute, scale)
     assert_close(both, sum(plain), sum(truth), shape.compute, scale)
     assert torch.equal(alone, T) and torch.equal(source, S)
     assert torch.equal(torch.stack(again), torch.stack((T, S)))
@@ -121,14 +122,14 @@ def test_dropout_and_odd_rows_do_not_use_descriptors(step: str, device: torch.de
     for stream, options in ((x, masks), (odd, {}), (x.T.contiguous().T, {})):
         with forced("tma", "splits"), counting() as names:
             if step == "shrink":
-                got, _ = triton_ops.shrink(stream, x_source, A, compute_dtype=F16, **options)
-                want = drop(i.x, options.get("mask"), F64) @ i.A.to(F64).T
+                actual, _ = triton_ops.shrink(stream, x_source, A, compute_dtype=F16, **options)
+                expected = drop(i.x, options.get("mask"), F64) @ i.A.to(F64).T
             else:
-                got = triton_ops.grad_weight(dT, stream, dS, x_source, grad_dtype=F32, **options)
+                actual = triton_ops.grad_weight(dT, stream, dS, x_source, grad_dtype=F32, **options)
                 pairs = ((i.T, i.x, "mask"), (i.S, i.x_source, "mask_source"))
-                want = sum(d.to(F64).T @ drop(s, options.get(mask), F64) for d, s, mask in pairs)
+                expected = sum(d.to(F64).T @ drop(s, options.get(mask), F64) for d, s, mask in pairs)
         assert launched(names) == [step, "split_k_reduce"]
-        torch.testing.assert_close(got.to(F64), want, rtol=2e-3, atol=2e-3 * want.abs().max().item())
+        torch.testing.assert_close(actual.to(F64), expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
 
 def test_last_adds_with_dropout_matches_the_triton_form(device: torch.device) -> None:
@@ -139,8 +140,8 @@ def test_last_adds_with_dropout_matches_the_triton_form(device: torch.device) ->
         with forced(form, "splits"):
             shrunk = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=F16, **masks)
             results.append([*shrunk, triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32, **masks)])
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def test_counters_are_zero_between_launches(device: torch.device) -> None:
@@ -151,7 +152,7 @@ def test_counters_are_zero_between_launches(device: torch.device) -> None:
     with forced("last_adds", "splits"):
         first = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         assert not counters.any()
-        counters[0] = 1000  # a counter that is not reset: no program reduces its tile
+        counters[0] = 1000  # if a counter does not start at zero, no program reduces its tile
         second = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         counters.zero_()
     assert first.isfinite().all() and second.isnan().any()

@@ -43,18 +43,21 @@ def run(fn, inputs: dict[str, Tensor], G: Tensor, **options) -> dict[str, Tensor
     return {"y": y.detach(), **{k: v.grad for k, v in leaves.items()}}
 
 
-def assert_as_close_as_plain(got, plain, truth, dtype: torch.dtype) -> None:
-    """Assert that errors are at most twice plain PyTorch's in this dtype, plus one epsilon times the largest value."""
+def assert_as_close_as_plain(actual, plain, truth, dtype: torch.dtype) -> None:
+    """Assert that each error is at most twice the error of plain PyTorch, plus epsilon times the largest value.
+
+    ``plain`` is computed by plain PyTorch in ``dtype``, ``truth`` in float64. epsilon is the machine epsilon of dtype.
+    """
     eps = torch.finfo(dtype).eps
-    for key, want in truth.items():
-        if want is None:
-            assert got[key] is None or not got[key].any(), key
+    for key, expected in truth.items():
+        if expected is None:
+            assert actual[key] is None or not actual[key].any(), key
             continue
-        error = (got[key].double() - want).abs().max().item() if want.numel() else 0.0
-        allowed = 2 * (plain[key].double() - want).abs().max().item() if want.numel() else 0.0
-        allowed += eps * want.abs().max().item() if want.numel() else 0.0
+        error = (actual[key].double() - expected).abs().max().item() if expected.numel() else 0.0
+        allowed = 2 * (plain[key].double() - expected).abs().max().item() if expected.numel() else 0.0
+        allowed += eps * expected.abs().max().item() if expected.numel() else 0.0
         assert error <= allowed, f"{key}: error {error:.3e}, allowed {allowed:.3e}"
-        assert got[key].dtype == plain[key].dtype, key
+        assert actual[key].dtype == plain[key].dtype, key
 
 
 BACKEND = [
@@ -86,10 +89,10 @@ def test_outputs_and_gradients_match_float64(backend, fusion, dtype, adapter_dty
     options = {"scaling": 0.7, "fusion": fusion}
     truth = run(reference.fused_lora, {k: v.double() for k, v in inputs.items()}, G.double(), **options)
     plain = run(reference.fused_lora, inputs, G, **options)
-    got = run(fused_lora, inputs, G, backend=backend, **options)
-    assert_as_close_as_plain(got, plain, truth, dtype)
+    actual = run(fused_lora, inputs, G, backend=backend, **options)
+    assert_as_close_as_plain(actual, plain, truth, dtype)
     again = run(fused_lora, inputs, G, backend=backend, **options)
-    for key, value in got.items():
+    for key, value in actual.items():
         assert value is None or torch.equal(value, again[key]), f"{key} differs between two runs"
 
 
@@ -121,8 +124,8 @@ def test_dropout_matches_the_oracle_with_the_same_seed(backend, fusion, device) 
     for fn, extra in ((reference.fused_lora, {}), (fused_lora, {"backend": backend})):
         torch.manual_seed(7)
         results.append(run(fn, inputs, G, **options, **extra))
-    for key, want in results[0].items():
-        torch.testing.assert_close(results[1][key], want, rtol=1e-4, atol=1e-5, msg=key)
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-4, atol=1e-5, msg=key)
     no_dropout = run(fused_lora, inputs, G, backend=backend, scaling=0.7, fusion=fusion, dropout_p=0.3)
     assert not torch.allclose(no_dropout["y"], results[0]["y"]), "training=False must not drop"
 
@@ -158,8 +161,8 @@ def test_x_and_B_get_gradients_if_S_and_A_do_not_require_grad(backend, fusion, M
         y = call(**{**leaves, "x_source": None}, scaling=0.7, fusion=fusion, **options)
         y.square().sum().backward()
         results.append((y.detach(), leaves["x"].grad, leaves["lora_B"].grad))
-    for got, want in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKEND)
@@ -173,25 +176,25 @@ def test_unusual_shapes_match_float64(backend, lead, d, n, r, device) -> None:
     G = torch.randn_like(inputs["base_output"])
     truth = run(reference.fused_lora, {k: v.double() for k, v in inputs.items()}, G.double(), scaling=2.0)
     plain = run(reference.fused_lora, inputs, G, scaling=2.0)
-    got = run(fused_lora, inputs, G, scaling=2.0, backend=backend)
-    assert got["y"].shape == (*lead, n)
-    assert_as_close_as_plain(got, plain, truth, torch.float32)
+    actual = run(fused_lora, inputs, G, scaling=2.0, backend=backend)
+    assert actual["y"].shape == (*lead, n)
+    assert_as_close_as_plain(actual, plain, truth, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKEND)
 def test_non_contiguous_inputs_give_the_results_of_contiguous_ones(backend, device) -> None:
     inputs = make((6, 5), 16, 12, 4, torch.float32, device)
     G = torch.randn_like(inputs["base_output"])
-    want = run(fused_lora, inputs, G, scaling=1.0, backend=backend)
+    expected = run(fused_lora, inputs, G, scaling=1.0, backend=backend)
     strided = {k: v.repeat_interleave(2, dim=0)[::2] for k, v in inputs.items()}
     strided["lora_A"] = inputs["lora_A"].T.contiguous().T
     strided["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
     leaves = {k: v.detach().requires_grad_() for k, v in strided.items()}
     y = fused_lora(**leaves, scaling=1.0, backend=backend)
     y.backward(G)
-    torch.testing.assert_close(y.detach(), want["y"])
+    torch.testing.assert_close(y.detach(), expected["y"])
     for key, leaf in leaves.items():
-        torch.testing.assert_close(leaf.grad, want[key], msg=key)
+        torch.testing.assert_close(leaf.grad, expected[key], msg=key)
 
 
 @pytest.mark.parametrize("backend", BACKEND)
@@ -257,15 +260,15 @@ def test_autocast_sets_the_compute_dtype_and_keeps_gradient_dtypes(wide, device)
     inputs = make((2, 19), 33, 21, 5, torch.float32, device)
     inputs["base_output"] = inputs["base_output"].to(wide)
     G = torch.randn_like(inputs["base_output"])
-    want = run(reference.fused_lora, inputs, G, scaling=1.0)
+    expected = run(reference.fused_lora, inputs, G, scaling=1.0)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        got = run(fused_lora, inputs, G, scaling=1.0)
-    assert got["y"].dtype == wide
+        actual = run(fused_lora, inputs, G, scaling=1.0)
+    assert actual["y"].dtype == wide
     for key in ("x", "lora_A", "lora_B"):
-        assert got[key].dtype == torch.float32
+        assert actual[key].dtype == torch.float32
     tolerance = {"rtol": 0.05, "atol": 0.1} if wide == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    for key, value in want.items():
-        torch.testing.assert_close(got[key], value, msg=key, **tolerance)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, msg=key, **tolerance)
 
 
 def test_double_backward_is_refused(device) -> None:
@@ -361,11 +364,11 @@ def test_memory_shared_with_an_input_is_not_overwritten(device) -> None:
         return leaf.grad
 
     for joint in (False, True):
-        want = dA(x, x.clone(), x.clone(), joint)
+        expected = dA(x, x.clone(), x.clone(), joint)
         shared = x.clone()
-        torch.testing.assert_close(dA(shared, x, shared, joint), want)
+        torch.testing.assert_close(dA(shared, x, shared, joint), expected)
         shared = x.clone()
-        torch.testing.assert_close(dA(x, shared, shared, joint), want)
+        torch.testing.assert_close(dA(x, shared, shared, joint), expected)
     twice = torch.zeros(6, 8, device=device)
     ys = flare_kernels.fused_lora_qkv(x, None, {"q": twice, "k": twice}, dict.fromkeys(("q", "k"), (A, B, 1.0)))
     torch.testing.assert_close(ys["q"], x @ A.T @ B.T)

@@ -206,21 +206,21 @@ LOAD_AND_COMPUTE = """
     Blocks.names -= {"flare_kernels"}
     import flare_kernels as installed
 
-    wanted, _ = run(installed, torch.float64, "reference")
+    expected_results, _ = run(installed, torch.float64, "reference")
     for kernel in (cpu, cuda, installed):
         name = kernel.__name__
         assert kernel.library.lora is not (installed if kernel is cpu else cpu).library.lora
         assert kernel.library.lora._opoverload is getattr(torch.ops, name).lora.default
         assert kernel.library.lora_backward._opoverload is getattr(torch.ops, name).lora_backward.default
 
-        for got, expected in zip(run(kernel, torch.float64, "torch")[0], wanted, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-        for got, expected in zip(run(kernel, torch.float32, "triton")[0], wanted, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        for actual, expected in zip(run(kernel, torch.float64, "torch")[0], expected_results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        for actual, expected in zip(run(kernel, torch.float32, "triton")[0], expected_results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         compiled, targets = run(kernel, torch.float64, "torch", compiled=True)
         assert f"{name}.lora.default" in targets, targets
-        for got, expected in zip(compiled, wanted, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        for actual, expected in zip(compiled, expected_results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     print(cpu.__name__, cuda.__name__, installed.__name__)
 """
 

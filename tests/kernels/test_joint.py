@@ -46,7 +46,7 @@ def leaves_of(data: dict) -> dict[str, Tensor]:
 
 
 def run(call, data: dict, subset: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the outputs and gradients of call(leaves, adapters) -> {name: y}."""
+    """Run ``call(leaves, adapters)``, which returns name -> y, and backward; return the outputs and gradients."""
     leaves = leaves_of(data)
     adapters = {name: (leaves[f"A.{name}"], leaves[f"B.{name}"], 0.5 + RANKS[name]) for name in subset}
     ys = call(leaves, adapters)
@@ -55,12 +55,12 @@ def run(call, data: dict, subset: tuple[str, ...]) -> dict[str, Tensor]:
     return {**{f"y.{n}": y.detach() for n, y in ys.items()}, **{k: v.grad for k, v in leaves.items()}}
 
 
-def assert_equal(got: dict, want: dict, **tolerance: float) -> None:
-    for key, value in want.items():
+def assert_equal(actual: dict, expected: dict, **tolerance: float) -> None:
+    for key, value in expected.items():
         if value is None:
-            assert got[key] is None or not got[key].any(), key
+            assert actual[key] is None or not actual[key].any(), key
         else:
-            torch.testing.assert_close(got[key], value, msg=key, **tolerance)
+            torch.testing.assert_close(actual[key], value, msg=key, **tolerance)
 
 
 @pytest.mark.parametrize(("backend", "subset"), CASES)
@@ -103,7 +103,7 @@ def test_joint_results_equal_the_oracle(backend, subset, fusion, source, device)
 @pytest.mark.parametrize("subset", SUBSETS, ids=["qv", "qkv", "v", "none"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_the_node_computes_dx_of_the_frozen_products(subset, dropout_p, device) -> None:
-    """With weights, values and gradients equal those of the oracle."""
+    """With ``weights``, outputs and gradients equal the oracle's."""
     data = make(torch.float64, device)
     results = []
     for backend in ("torch", "reference"):
@@ -125,9 +125,9 @@ def test_the_node_computes_dx_of_the_frozen_products(subset, dropout_p, device) 
 
         results.append(run(joint, data, subset))
     assert_equal(*results, rtol=1e-9, atol=1e-9)
-    want = sum(data["G"][name] @ W for name, W in data["W"].items())
+    expected = sum(data["G"][name] @ W for name, W in data["W"].items())
     if not subset:
-        torch.testing.assert_close(results[0]["x"], want)
+        torch.testing.assert_close(results[0]["x"], expected)
 
 
 def test_each_stream_is_read_once(device, monkeypatch) -> None:
@@ -147,10 +147,10 @@ def test_each_stream_is_read_once(device, monkeypatch) -> None:
     assert sorted(calls) == ["grad_input", "grad_weight", "shrink"]
 
 
+#: number of tokens -> (kernels of the forward pass, kernels of the backward pass)
 LAUNCHES = {
-    # forward, backward: stack, shrink, expand; grad_bottleneck, grad_weight, grad_input
     300: (["stack", "shrink", "expand"], ["grad_bottleneck", "grad_weight", "grad_input"]),
-    # a few tokens: forward does not stack A or B
+    # for a few tokens, forward does not stack A, so backward does
     9: (["shrink_decode", "expand_decode"], ["grad_bottleneck", "stack", "grad_weight", "grad_input"]),
 }
 
@@ -199,7 +199,7 @@ def test_adjacent_columns_are_not_copied(device) -> None:
     assert torch.equal(concat_columns(cloned), S.flatten(0, 1))
 
 
-def test_matches_separate_calls_in_16_bit(device) -> None:
+def test_a_joint_call_matches_separate_calls_in_16_bit(device) -> None:
     data = make(torch.bfloat16, device)
 
     def joint(leaves, adapters):

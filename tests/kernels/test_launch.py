@@ -110,7 +110,7 @@ def test_the_device_is_entered_only_if_it_is_not_current(monkeypatch: pytest.Mon
     assert len(kernel.launches) == 1 and len(kernel.compiled.launches) == 2
 
 
-def test_counters_see_both_kinds_of_launches() -> None:
+def test_counters_see_launches_through_the_jit_and_of_compiled_kernels() -> None:
     outer: list[str] = []
     inner: list[str] = []
     launcher = launcher_of(Kernel(Compiled()), mode=Mode(counters=(outer, inner)))
@@ -131,11 +131,11 @@ def test_plans_are_cached_and_not_used_under_other_settings(device: torch.device
     def tiles_of(launches: list[Any]) -> list[int]:
         return [launch.args["BLOCK_M"] for launch in launches]
 
-    want = x @ A.T
-    torch.testing.assert_close(shrink(), want)
+    expected = x @ A.T
+    torch.testing.assert_close(shrink(), expected)
     plans = launch_mode.current.plans
     size = len(plans)
-    torch.testing.assert_close(shrink(), want)
+    torch.testing.assert_close(shrink(), expected)
     assert len(plans) == size and launch_mode.current.plans is plans
     with recording(227 * 1024) as launches:
         shrink(), shrink()
@@ -145,9 +145,9 @@ def test_plans_are_cached_and_not_used_under_other_settings(device: torch.device
             shrink()
     assert tiles_of(launches) == [32, 32, 16, 32] and names == []
     with counting() as names, forcing(shrink=TileConfig(16, 32, 0, 16, 4, 2)):
-        torch.testing.assert_close(shrink(), want)
+        torch.testing.assert_close(shrink(), expected)
     assert names == ["shrink_kernel"]
-    torch.testing.assert_close(shrink(), want)
+    torch.testing.assert_close(shrink(), expected)
     assert launch_mode.current.plans is plans and len(plans) == size
 
 
@@ -175,8 +175,8 @@ def counted(call: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("namespace", [primitives, primitives.tuned], ids=["triton", "auto"])
-def test_a_primitive_makes_a_handful_of_calls(namespace: Any) -> None:
-    """One call of the primitive, one per allocated tensor, one per launch, and at most one that splits a result."""
+def test_a_primitive_makes_at_most_six_calls(namespace: Any) -> None:
+    """The calls are: the primitive, one per allocated tensor, one per launch, and at most one that splits a result."""
     for size in (SIZES[0], (*SIZES[4][:3], 16)):
         with launches_left_out() as names:
             for call in calls(namespace, size):

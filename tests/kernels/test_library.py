@@ -66,13 +66,13 @@ def test_a_compiled_layer_is_one_graph_with_eager_results(call, backend, fusion,
     t = make(device)
     options = {"backend": backend, "fusion": fusion}
     compiled = torch.compile(lambda leaves: call(leaves, **options), fullgraph=True, backend="aot_eager")
-    want, got = gradients(lambda leaves: call(leaves, **options), t), gradients(compiled, t)
-    assert want["x"].any() and want["A"].any() and want["B"].any()
-    for name, value in want.items():
+    expected, actual = gradients(lambda leaves: call(leaves, **options), t), gradients(compiled, t)
+    assert expected["x"].any() and expected["A"].any() and expected["B"].any()
+    for name, value in expected.items():
         if value is None:
-            assert got[name] is None, name
+            assert actual[name] is None, name
         else:
-            torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
+            torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
 
 
 def test_inductor_compiles_one_graph_for_all_lengths(device) -> None:
@@ -83,9 +83,9 @@ def test_inductor_compiles_one_graph_for_all_lengths(device) -> None:
     compiled = torch.compile(one, fullgraph=True, dynamic=True)
     for m in (7, 12, 19):
         t = make(device, m)
-        want, got = gradients(one, t), gradients(compiled, t)
-        for name, value in want.items():
-            torch.testing.assert_close(got[name], value, msg=name) if value is not None else None
+        expected, actual = gradients(one, t), gradients(compiled, t)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, msg=name) if value is not None else None
     assert graphs["unique_graphs"] == 1, "a new length must not compile again"
     with torch.no_grad():
         torch.testing.assert_close(compiled(t)[0], one(t)[0])

@@ -12,7 +12,10 @@ SHAPES = {"x": (5, 12), "x_source": (5, 12), "base_output": (5, 10), "lora_A": (
 
 
 def outputs(backend: str, fusion: str | None, where: str, value: float, device: torch.device) -> dict[str, Tensor]:
-    """Return the output and all gradients, with one entry of one tensor (or of the output's gradient) replaced."""
+    """Return the output and all gradients if one entry of a tensor is ``value``.
+
+    ``where``: name of that tensor, or "dy" for the gradient of the output.
+    """
     generator = torch.Generator().manual_seed(1)
     tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
     dy = torch.randn(SHAPES["base_output"], generator=generator).to(device)
@@ -31,17 +34,17 @@ def outputs(backend: str, fusion: str | None, where: str, value: float, device: 
 @pytest.mark.parametrize("fusion", [None, *FUSIONS])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns
 def test_non_finite_values_propagate_as_in_the_formula(backend, fusion, value, device) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     for where in (*SHAPES, "dy"):
         if where == "x_source" and fusion is None:
             continue
-        want = outputs("reference", fusion, where, value, device)
-        got = outputs(backend, fusion, where, value, device)
-        assert got.keys() == want.keys()
-        for name, tensor in want.items():
-            same = torch.equal(got[name].isnan(), tensor.isnan())
-            same = same and torch.equal(got[name].isfinite(), tensor.isfinite())
+        expected = outputs("reference", fusion, where, value, device)
+        actual = outputs(backend, fusion, where, value, device)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            same = torch.equal(actual[name].isnan(), tensor.isnan())
+            same = same and torch.equal(actual[name].isfinite(), tensor.isfinite())
             assert same, f"{value} in {where}: {name}"

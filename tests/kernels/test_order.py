@@ -1,4 +1,7 @@
-"""The order adapter_first: the same results with fewer reads, and the calls that cannot use it."""
+"""The order adapter_first: its results, its products, and the calls that cannot use it.
+
+In this order (flare_kernels/order.py), the adapters write the outputs, and the frozen products add to them.
+"""
 
 from __future__ import annotations
 
@@ -105,21 +108,21 @@ def test_adapter_first_matches_the_oracle(case: str, backend: str, device, order
     for form in ("frozen_first", "adapter_first") if backend == "torch" else ("adapter_first",):
         orders.clear()
         with forcing(form=form):
-            got = run(t, adapted, biased, backend, **options)
+            actual = run(t, adapted, biased, backend, **options)
         assert [chosen is not None for chosen in orders] == [form == "adapter_first"]
-        for key, want in truth.items():
-            torch.testing.assert_close(got[key].double(), want, msg=f"{form} {key}", **tolerance)
+        for key, expected in truth.items():
+            torch.testing.assert_close(actual[key].double(), expected, msg=f"{form} {key}", **tolerance)
 
 
 @by_backend
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_adapter_first_in_16_bit_is_as_close_to_float64_as_peft(dtype: torch.dtype, backend: str, device) -> None:
-    """The norm of each error is at most that of PEFT's form, base + (H B^T) s, which rounds three times."""
+    """The error's norm is at most the error's norm of PEFT's form, base + (H B^T) s, which rounds three times."""
     t = make(dtype, device, M=70, d=256, r=8)
     wide = {key: value.double() for key, value in t.items()}
     truth = run(wide, "qv", "qkv", "reference", fusion="add")
     with forcing(form="adapter_first"):
-        got = run(t, "qv", "qkv", backend, fusion="add")
+        actual = run(t, "qv", "qkv", backend, fusion="add")
     eager = {"x": t["x"].clone().requires_grad_()}
     outputs = []
     for name in WIDTHS:
@@ -132,7 +135,7 @@ def test_adapter_first_in_16_bit_is_as_close_to_float64_as_peft(dtype: torch.dty
     torch.autograd.backward(outputs, [t[f"G.{name}"] for name in WIDTHS])
     eager["dx"] = eager["x"].grad
     for key in ("y.q", "y.k", "y.v", "dx"):
-        error, peft = ((result[key].double() - truth[key]).norm() / truth[key].norm() for result in (got, eager))
+        error, peft = ((result[key].double() - truth[key]).norm() / truth[key].norm() for result in (actual, eager))
         assert error <= peft, f"{key}: {error:.3e}, PEFT's eager form {peft:.3e}"
 
 
@@ -154,8 +157,8 @@ def test_expand_with_biases_does_not_read_y(backend: str, device) -> None:
             ops.expand_(ys, T, S if fusion else None, Bs, scalings=scalings, fusion=fusion, biases=biases)
             H = (T if fusion is None else T.relu() * S.relu()).double().split(R, dim=1)
             for y, h, B, scaling, bias in zip(ys, H, Bs, scalings, biases, strict=True):
-                want = scaling * h @ B.double().T + (0 if bias is None else bias.double())
-                torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
+                expected = scaling * h @ B.double().T + (0 if bias is None else bias.double())
+                torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
             assert frame[:, :3].isnan().all()
 
 
@@ -173,7 +176,7 @@ def test_adapter_first_lets_the_frozen_products_add(device, monkeypatch) -> None
         calls.clear()
         with forcing(form=form):
             run(t, "qv", "qkv", "torch")
-        # without the products of the adapters
+        # leave out the products of the adapters, which have an axis of length 5 or 10
         products[form] = [call for call in calls if "(5, " not in call and "(10, " not in call]
     assert products["frozen_first"] == ["y = 38", "y = 9", "y = 17", "+= (9, 34)", "+= (17, 34)"]
     y_products, dx_products = ["+= (34, 38)", "+= (34, 17)"], ["+= (38, 34)", "+= (9, 34)", "+= (17, 34)"]
@@ -181,7 +184,7 @@ def test_adapter_first_lets_the_frozen_products_add(device, monkeypatch) -> None
 
 
 def test_unsupported_calls_run_the_frozen_products_first(device, orders) -> None:
-    """With mixed dtypes, an autocast that casts, no adapters, or few tokens, the frozen product runs first."""
+    """Such calls have mixed dtypes, an autocast that casts, no adapter, or two adapters of one output."""
     t = make(F32, device)
     x, W, b = t["x"][0], t["W.q"], t["b.q"]
     valid = (("torch", device, F32, ((0, 5, 1.0, None),), 1, 0.0), x, W, b, None)
@@ -217,7 +220,7 @@ def test_a_few_tokens_use_the_decoding_kernels(device, orders) -> None:
 
 
 def test_auto_follows_the_table_and_caches_the_order(device, monkeypatch, tmp_path) -> None:
-    """A call with "auto" follows the entry of its size. Without an entry, or with a named backend, it does not."""
+    """With "auto", a call follows the table's entry for its size. Otherwise the general rule applies."""
     from flare_kernels.triton_ops.config import FORMS
 
     general = next(iter(FORMS["order"]))
@@ -253,11 +256,11 @@ def test_auto_follows_the_table_and_caches_the_order(device, monkeypatch, tmp_pa
     from flare_kernels.call import Call
 
     auto_ops = SimpleNamespace(**vars(torch_ops) | {"FOLLOWS_TABLE": True})
-    for ops, M, want in ((auto_ops, 8192, other), (auto_ops, 512, general), (torch_ops, 8192, general)):
+    for ops, M, expected in ((auto_ops, 8192, other), (auto_ops, 512, general), (torch_ops, 8192, general)):
         call = Call(ops, BF16, [(0, 64, 1.0, None), (1, 64, 1.0, None)], 2, 0.0)
         x, Ws = OnGPU(M, 4096), [OnGPU(4096, 4096), OnGPU(1024, 4096)]
         chosen = order.choose_order(launch_mode.current, call, x, Ws, [None, None], None)
-        assert chosen == (((M, 4096), (M, 1024)) if want == "adapter_first" else None)
+        assert chosen == (((M, 4096), (M, 1024)) if expected == "adapter_first" else None)
     launch_table.table_for.cache_clear()
 
     t = make(F32, device)

@@ -53,14 +53,14 @@ def test_shrink_matches_float64(shape: Shape, masked: bool, device: torch.device
         streams = zip((i.x, i.x_source), masks, strict=True)
         results[dtype] = [drop(x, mask, dtype) @ i.A.to(dtype).T for x, mask in streams]
     scales = []
-    for got, plain, truth, x, mask in zip(
+    for actual, plain, truth, x, mask in zip(
         (T, S), results[shape.compute], results[F64], (i.x, i.x_source), masks, strict=True
     ):
-        assert got.dtype == shape.compute and got.is_contiguous()
+        assert actual.dtype == shape.compute and actual.is_contiguous()
         # the norm of the summands of each element
         norms = (drop(x, mask, F64).square() @ i.A.to(F64).square().T).sqrt()
         scales.append(norms.item() if norms.numel() == 1 else 0.0)
-        assert_close(got, plain, truth, shape.compute, scales[-1])
+        assert_close(actual, plain, truth, shape.compute, scales[-1])
 
     both, no_S = triton_ops.shrink(
         i.x, i.x_source, i.A, mask=masks[0], mask_source=masks[1], sum_streams=True, **options
@@ -95,8 +95,10 @@ WIDTHS = (70, 33, 48)
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("rank", [5, 16, 130])
 @pytest.mark.parametrize("fusion", [None, "mul_relu"])
-def test_several_projections_in_one_launch(count: int, rank: int, fusion: str | None, device: torch.device) -> None:
-    """Query, key and value of different widths take one launch, with the results of one call each."""
+def test_one_launch_for_several_projections_gives_the_results_of_single_calls(
+    count: int, rank: int, fusion: str | None, device: torch.device
+) -> None:
+    """Query, key and value of different widths take one launch per step, with the results of separate calls."""
     parts = [make(Shape(M=130, N=N, R=rank), device) for N in WIDTHS[:count]]
     scalings = [0.5 + i for i in range(count)]
     T, S = torch.cat([i.T for i in parts], 1), torch.cat([i.S for i in parts], 1) if fusion else None
@@ -110,13 +112,13 @@ def test_several_projections_in_one_launch(count: int, rank: int, fusion: str | 
     assert [n for n in names if n != "split_k_reduce_kernel"] == ["expand_kernel", "grad_bottleneck_kernel"]
     for at, i in enumerate(parts):
         columns = slice(at * rank, (at + 1) * rank)
-        want = i.y.clone()
+        expected = i.y.clone()
         alone = {"scalings": scalings[at : at + 1], "fusion": fusion}
         S_i, dS_i = (i.S, torch.empty_like(i.T)) if fusion else (None, None)
-        triton_ops.expand_([want], i.T, S_i, [i.B], **alone)
+        triton_ops.expand_([expected], i.T, S_i, [i.B], **alone)
         dT_i = torch.empty_like(i.T)
         (dB,) = triton_ops.grad_bottleneck([i.G], i.T, S_i, [i.B], dT=dT_i, dS=dS_i, B_grad_dtype=F32, **alone)
-        assert torch.equal(outs[at], want) and not torch.equal(ys[at], want)
+        assert torch.equal(outs[at], expected) and not torch.equal(ys[at], expected)
         assert torch.equal(dT[:, columns], dT_i)
         assert dS is None or torch.equal(dS[:, columns], dS_i)
         torch.testing.assert_close(dBs[at], dB, rtol=1e-5, atol=1e-5)
@@ -214,14 +216,14 @@ def test_strided_inputs_give_the_results_of_contiguous_ones(how: str, device: to
             triton_ops.grad_input(k.T, k.A, mask=k.mask, keep_scale=KEEP_SCALE, dtype=F32),
         ]
 
-    expected = run(i, i.y.clone(), torch.empty_like(i.T), torch.empty_like(i.T))
+    expected_results = run(i, i.y.clone(), torch.empty_like(i.T), torch.empty_like(i.T))
     frame = torch.full((i.y.shape[0] + 2, i.y.shape[1] + 4), 7.0, device=device)
     inside = frame[1:-1, 1:-3]
     inside.copy_(i.y)
     wide = torch.full((i.T.shape[0], 3 * i.T.shape[1]), 7.0, device=device)
     dT, dS, gap = wide.chunk(3, dim=1)
-    for got, want in zip(run(j, inside, dT, dS), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(run(j, inside, dT, dS), expected_results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     inside.fill_(7.0)
     assert (frame == 7.0).all() and (gap == 7.0).all()
 
@@ -237,23 +239,23 @@ def test_add_writes_dT_and_dS(device: torch.device) -> None:
 def test_add_needs_only_the_sum_of_T_and_S(device: torch.device) -> None:
     """For "add", T + S replaces T and S. If B is frozen, dH needs neither T nor S."""
     i = make(Shape(), device)
-    y, want = i.y.clone(), i.y.clone()
+    y, expected = i.y.clone(), i.y.clone()
     phi = {"scalings": [SCALING], "fusion": "add"}
     triton_ops.expand_([y], i.T + i.S, None, [i.B], **phi)
-    triton_ops.expand_([want], i.T, i.S, [i.B], **phi)
-    torch.testing.assert_close(y, want)
-    dT, want_dT, frozen_dT = (torch.empty_like(i.T) for _ in range(3))
+    triton_ops.expand_([expected], i.T, i.S, [i.B], **phi)
+    torch.testing.assert_close(y, expected)
+    dT, expected_dT, frozen_dT = (torch.empty_like(i.T) for _ in range(3))
     (dB,) = triton_ops.grad_bottleneck([i.G], i.T + i.S, None, [i.B], dT=dT, B_grad_dtype=F32, **phi)
-    (want_dB,) = triton_ops.grad_bottleneck([i.G], i.T, i.S, [i.B], dT=want_dT, B_grad_dtype=F32, **phi)
-    assert torch.equal(dT, want_dT)
-    torch.testing.assert_close(dB, want_dB)
+    (expected_dB,) = triton_ops.grad_bottleneck([i.G], i.T, i.S, [i.B], dT=expected_dT, B_grad_dtype=F32, **phi)
+    assert torch.equal(dT, expected_dT)
+    torch.testing.assert_close(dB, expected_dB)
     triton_ops.grad_bottleneck([i.G], None, None, [i.B], dT=frozen_dT, **phi)
-    assert torch.equal(frozen_dT, want_dT)
+    assert torch.equal(frozen_dT, expected_dT)
     with pytest.raises(ValueError, match="needs T"):
         triton_ops.grad_bottleneck([i.G], None, None, [i.B], dT=frozen_dT, B_grad_dtype=F32, **phi)
 
 
-def test_dropout_on_one_stream_only(device: torch.device) -> None:
+def test_dropout_on_one_stream_leaves_the_other_unchanged(device: torch.device) -> None:
     i = make(Shape(), device)
     options = {"mask": i.mask, "keep_scale": KEEP_SCALE}
     T, S = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=F32, **options)
@@ -307,8 +309,8 @@ def test_split_sums_have_the_same_bits_on_every_run(dtype: torch.dtype, device: 
         ]
         for t in (F64, dtype)
     )
-    for got, plain, truth in zip((first[0], first[4], first[5]), plains, truths, strict=True):
-        assert_close(got, plain, truth, dtype)
+    for actual, plain, truth in zip((first[0], first[4], first[5]), plains, truths, strict=True):
+        assert_close(actual, plain, truth, dtype)
 
 
 def test_float32_does_not_use_tf32(device: torch.device) -> None:

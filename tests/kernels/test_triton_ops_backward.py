@@ -44,12 +44,12 @@ def test_grad_bottleneck_matches_float64(shape: Shape, fusion: str | None, devic
         dH = SCALING * (i.G.to(dtype) @ i.B.to(dtype))
         grads = (dH, None) if fusion is None else get_fusion(fusion).backward(dH, i.S.to(dtype), i.T.to(dtype))
         results[dtype] = [*grads, (SCALING * i.G.to(dtype)).T @ hidden(i.T, i.S, fusion, dtype)]
-    for got, plain, truth in zip((dT, dS, dB), results[shape.compute], results[F64], strict=True):
+    for actual, plain, truth in zip((dT, dS, dB), results[shape.compute], results[F64], strict=True):
         if truth is not None:
-            assert_close(got, plain, truth, shape.compute)
+            assert_close(actual, plain, truth, shape.compute)
     assert dB.dtype == B_grad_dtype
 
-    # dB alone, and dT and dS alone
+    # a call for dB only, and a call for dT and dS only, give the same bits
     (only_dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], B_grad_dtype=B_grad_dtype, **options)
     assert torch.equal(only_dB, dB)
     only_dT = torch.empty_like(dT)

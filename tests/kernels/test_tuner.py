@@ -37,7 +37,8 @@ class Device:
     """Simulated host and stream: a launch takes host time, and its kernel starts when host and stream are ready."""
 
     def __init__(self) -> None:
-        self.host = self.free = 0.0  # microseconds
+        # in microseconds: the time on the host, and the time at which the stream has run all its kernels
+        self.host = self.free = 0.0
 
     def launch(self, host_us: float, device_us: float) -> None:
         self.host += host_us
@@ -119,7 +120,10 @@ def test_problems_yield_the_most_used_sizes_first_and_each_entry_once() -> None:
 
 
 def test_the_bytes_of_a_step_are_its_lower_bound() -> None:
-    """Megabytes of the Llama shape, counted by hand: inputs once, results once, y read and written."""
+    """For the shape of Llama, the bytes of each step equal a count by hand, in megabytes.
+
+    Each input is read once and each result is written once; y is an input and a result.
+    """
     expected = {"shrink": 139.5, "expand": 172.6, "grad_bottleneck": 94.2, "grad_weight": 140.5, "grad_input": 70.3}
     for problem in tuning.problems([tuning.SHAPES["llama-3.1-8b"]], [8192], [64]):
         if problem.step in expected:
@@ -263,7 +267,7 @@ def simulated_timer(us: Callable[[launch_mode.Mode], float]) -> timing.Timer:
     """Return a timer that runs a call and returns a time that depends on the launch mode."""
 
     def timer(run, inputs, *, rounds: int) -> float:
-        if rounds > 1:  # the interpreter is slow: the second timing does not run
+        if rounds > 1:  # the second timing (of single rounds) does not run the call, because the interpreter is slow
             run(inputs[0])
         return us(launch_mode.current)
 

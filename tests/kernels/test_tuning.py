@@ -53,18 +53,18 @@ def test_a_saved_table_is_read_back_unchanged(tmp_path: Path) -> None:
 DAMAGE = {
     "cut off": lambda text: text[:40],
     "another format": lambda text: text.replace('"format": 1', '"format": 9'),
-    "no form": lambda text: text.replace('"triton"', '"cuda"'),
+    "unknown form": lambda text: text.replace('"triton"', '"cuda"'),
     "another step's form": lambda text: text.replace('"triton"', '"adapter_first"'),
-    "no step": lambda text: text.replace('"step": "shrink"', '"step": "squeeze"'),
+    "unknown step": lambda text: text.replace('"step": "shrink"', '"step": "squeeze"'),
     "tiles of another form": lambda text: text.replace('"triton"', '"torch"'),
     "tiles": lambda text: text.replace('"BLOCK_M": 64', '"BLOCK_M": 65'),
     "huge tiles": lambda text: text.replace('"BLOCK_K": 64', '"BLOCK_K": 16384'),
     "warps": lambda text: text.replace('"num_warps": 4', '"num_warps": 3'),
     "stages": lambda text: text.replace('"num_stages": 3', '"num_stages": -1'),
-    "a field less": lambda text: text.replace('"num_warps": 4,', ""),
-    "a field more": lambda text: text.replace('"num_warps": 4,', '"num_warps": 4, "num_ctas": 2,'),
+    "missing field": lambda text: text.replace('"num_warps": 4,', ""),
+    "extra field": lambda text: text.replace('"num_warps": 4,', '"num_warps": 4, "num_ctas": 2,'),
     "another kernel": lambda text: text.replace('"step": "shrink"', '"step": "expand"'),
-    "decode in parts of the rank": lambda text: (
+    "decode tile smaller than the rank": lambda text: (
         text.replace('"step": "shrink"', '"step": "decode"')
         .replace('"shrink": {', '"shrink_decode": {')
         .replace('"BLOCK_R": 64', '"BLOCK_R": 16')
@@ -144,9 +144,9 @@ def test_a_tuned_entry_applies_to_its_gpu_only(monkeypatch) -> None:
     def tiles(rows: int = 8192, device: torch.device = device) -> config.TileConfig:
         return launch.form_of_class(launch_mode.current, "shrink", "narrow", 64, rows, 4096, device)[1]["shrink"]
 
-    for gpu, want in (("Some GPU", config.TileConfig(**TILES)), ("Other GPU", general)):
+    for gpu, expected in (("Some GPU", config.TileConfig(**TILES)), ("Other GPU", general)):
         monkeypatch.setattr(forms, "_gpu_name", lambda index, gpu=gpu: gpu)
-        assert tiles() == want
+        assert tiles() == expected
     monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
     assert tiles(rows=64) == general
     assert tiles(device=torch.device("cpu")).programs == general.programs
@@ -206,7 +206,7 @@ def test_a_forced_form_comes_before_a_tuned_one_and_the_general_rule(monkeypatch
 
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
-    """Rows of a few elements cannot be aligned. Launches look them up as aligned, as the tuner stores them."""
+    """Rows of a few elements cannot be aligned. They are looked up as aligned operands, as the tuner stores them."""
     lookups: set[tuple[str, str]] = set()
     monkeypatch.setattr(forms, "tuned_entry", lambda step, operands, *_: lookups.add((step, operands)))
     x, y, B = (torch.randn(*size, device=device).bfloat16() for size in ((70, 64), (70, 32), (32, rank)))
@@ -249,14 +249,14 @@ def test_auto_takes_the_form_of_the_table(monkeypatch, device) -> None:
             forms, "tuned_entry", lambda step, *_: Entry("torch") if prefers_torch in (step, "all") else None
         )
 
-    want = run(triton_ops.tuned)
+    expected_results = run(triton_ops.tuned)
     assert used == []
     for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight"):
         table(chosen)
         with launch_mode.forcing():
             run(triton_ops.tuned)
-            for got, expected in zip(run(triton_ops.tuned), want, strict=True):
-                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            for actual, expected in zip(run(triton_ops.tuned), expected_results, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
             assert used == [chosen] * 2  # the cached plan has the same form
             run(triton_ops)
             assert used == [chosen] * 2  # backend="triton" does not follow the table
@@ -265,12 +265,12 @@ def test_auto_takes_the_form_of_the_table(monkeypatch, device) -> None:
     for entry, launched in ((None, []), (Entry("torch"), []), (Entry("triton"), ["grad_input_kernel"])):
         monkeypatch.setattr(forms, "tuned_entry", lambda *_, entry=entry: entry)
         with launch_mode.counting() as names:
-            dx = triton_ops.tuned.grad_input(want[3], A, dtype=x.dtype)
-        torch.testing.assert_close(dx, want[-1], rtol=1e-4, atol=1e-4)
+            dx = triton_ops.tuned.grad_input(expected_results[3], A, dtype=x.dtype)
+        torch.testing.assert_close(dx, expected_results[-1], rtol=1e-4, atol=1e-4)
         assert names == launched
     # dropout always takes the kernels, which do not copy the streams
     table("all")
-    dT = want[3]
+    dT = expected_results[3]
     with launch_mode.forcing():
         options = {"mask": mask, "keep_scale": 2.0}
         triton_ops.tuned.shrink(x, None, A, compute_dtype=x.dtype, **options)
