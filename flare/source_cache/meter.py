@@ -65,7 +65,7 @@ class Meter:
     rows: int = 0
     hits: int = 0
     _all: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and rows of all passes
-    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # the same for passes that computed all rows
+    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # both sums, of passes that computed all rows
     _storing: float = 0.0
     _open: list[_Span] = field(default_factory=list)
 
@@ -101,6 +101,7 @@ class Meter:
         return max(seconds - self._storing, 0.0) / rows * self._all[1] - self._all[0]
 
     def _settle(self, wait: bool) -> None:
+        """Add the passes that have ended to the sums; with ``wait``, first wait for the device to end all passes."""
         unfinished = []
         for span in self._open:
             seconds = _between(span.begin, span.end, wait)

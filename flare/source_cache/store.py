@@ -106,7 +106,7 @@ class Store:
         changed = [name for name, value in traits.items() if name in self._traits and self._traits[name] != value]
         if changed:
             raise ValueError(
-                f"source_cache holds states of this base model from before its {changed[0].strip('.')} was changed "
+                f"source_cache holds states computed before this base model's {changed[0].strip('.')} was changed "
                 f"(number of changed attributes: {len(changed)}); make a new SourceStateCache for the changed model, "
                 "with another directory"
             )
@@ -145,6 +145,7 @@ class Store:
         return None
 
     def _promoted(self, key: str, entry: Entry, holder: Tier) -> Entry:
+        """Return the entry. If it is on disk and a memory tier has room, copy it there first."""
         if isinstance(holder, DiskTier) and entry.data.numel() and entry.ready is None:
             for tier in self._tiers[: self._tiers.index(holder)]:
                 buffer = tier.reserve(entry.data.numel(), self.device, self._left)
