@@ -154,7 +154,8 @@ class SourceStateCache(Store):
             model: the transformers model.
             inputs: keyword arguments of its backbone for the whole batch.
             keys: the states to read.
-            prepare: casts a state to autocast's dtype (if any) before the state is used and stored.
+            prepare: casts a state to autocast's dtype (if any), and sets its padding to zero if it has masks, before
+                the state is stored.
             masks: stack -> attention mask (B, m) under source_padding="zero"; otherwise empty.
             decoders: the stacks that read ``decoder_input_ids``.
             zero_pads: True if padding is neither read nor stored. Default: True if ``masks`` is not empty.

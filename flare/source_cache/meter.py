@@ -64,8 +64,11 @@ class Meter:
 
     rows: int = 0
     hits: int = 0
-    _all: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and rows of all passes
-    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # both sums, of passes that computed all rows
+    #: Seconds and rows, summed over all passes.
+    _all: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    #: Seconds and rows, summed over the passes that computed all their rows.
+    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    #: Seconds of work that only filled the cache.
     _storing: float = 0.0
     _open: list[_Span] = field(default_factory=list)
 

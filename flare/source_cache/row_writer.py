@@ -103,7 +103,7 @@ class RowWriter:
 class TrialClock:
     """Measures the time of a source pass without the time inside ``with clock`` blocks, which store and use states.
 
-    The clock waits for the device before it reads the time, so kernels count where they were launched.
+    The clock waits for the device before it reads the time, so a kernel's time counts where the kernel was launched.
     """
 
     def __init__(self, device: torch.device) -> None:

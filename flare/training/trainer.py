@@ -51,7 +51,7 @@ _compat.check_trainer(Trainer)
 
 
 class SourceTokens(TrainerCallback, ExportableState):
-    """Callback that counts source tokens and saves the count in checkpoints, because TrainerState has no such field."""
+    """Callback that holds the count of source tokens and saves it in checkpoints. TrainerState has no such field."""
 
     def __init__(self) -> None:
         self.seen = 0
