@@ -315,7 +315,7 @@ def test_values_of_a_lora_config_are_used() -> None:
     assert str(config.peft_type) != "FLARE", "the config that was passed must not change"
 
 
-def test_defaults_and_task_types() -> None:
+def test_defaults_and_task_types_follow_the_paper_and_the_model() -> None:
     assert (flare.FlareConfig().r, flare.FlareConfig().lora_alpha, flare.FlareConfig().source_layer_offset) == (
         64,
         128,

@@ -132,7 +132,7 @@ class DiskTier:
 
     Args:
         directory: folder of the shards.
-        budget: bytes of all shards of this base model in the directory, including those of other processes.
+        budget: bytes of all shards of this base model in the directory, including the shards of other processes.
         warn_once: warns the user, once per message.
     """
 
