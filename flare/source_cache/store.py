@@ -270,12 +270,13 @@ class Store:
 
     def summary(self) -> str:
         """Return the statistics as one line of text."""
-        now = self.stats()
-        held = ", ".join(f"{name} {now.entries[name]} rows {readable(now.nbytes[name])}" for name in self.tiers)
+        stats = self.stats()
+        per_tier = ", ".join(f"{name} {stats.entries[name]} rows {readable(stats.nbytes[name])}" for name in self.tiers)
         saved = "time saved not known (no pass computed all its rows)"
-        if now.seconds_saved is not None:
-            saved = f"{round(now.seconds_saved, 1) + 0.0} s saved"  # no -0.0
-        text = f"source_cache: {now.hits} of {now.rows} rows read ({now.hit_rate:.1%}), {saved}; {held or 'no tier'}"
+        if stats.seconds_saved is not None:
+            saved = f"{round(stats.seconds_saved, 1) + 0.0} s saved"  # no -0.0
+        hits = f"{stats.hits} of {stats.rows} rows read ({stats.hit_rate:.1%})"
+        text = f"source_cache: {hits}, {saved}; {per_tier or 'no tier'}"
         return f"{text}; {self._decided}" if self.decisions else text
 
     def warn_once(self, message: str) -> None:

@@ -261,16 +261,17 @@ class FlareTrainer(Trainer):
         listed = isinstance(data, list) or (names is not None and hasattr(data, "__getitem__"))
         row: Any = data[0] if listed and len(data) else {}
         self._set_signature_columns_if_needed()
-        kept = _compat.signature_columns(self)
+        read_columns = _compat.signature_columns(self)
         for name in names or (row if isinstance(row, Mapping) else ()):
             value = row.get(name) if isinstance(row, Mapping) else None
-            near = did_you_mean(name, [column for column in kept if column.startswith("source_")])
-            many = isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0)
-            per_token = many and len(value) and not isinstance(value[0], str)  # type: ignore[arg-type,index]
-            if name.startswith("source_") and name not in kept and (near or (per_token and not isinstance(value, str))):
+            suggestion = did_you_mean(name, [column for column in read_columns if column.startswith("source_")])
+            is_sequence = isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0)
+            per_token = is_sequence and len(value) and not isinstance(value[0], str)  # type: ignore[arg-type,index]
+            looks_like_input = suggestion or (per_token and not isinstance(value, str))
+            if name.startswith("source_") and name not in read_columns and looks_like_input:
                 raise ValueError(
-                    f"the data set's column {name!r} is not read, and remove_unused_columns would drop it{near or ';'} "
-                    "rename it, or remove it from the data set"
+                    f"the data set's column {name!r} is not read, and remove_unused_columns would drop it"
+                    f"{suggestion or ';'} rename it, or remove it from the data set"
                 )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
