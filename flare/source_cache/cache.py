@@ -195,8 +195,8 @@ class SourceStateCache(Store):
         Returns:
             States (B, m, d), contiguous and detached, on the model's device; zero at padding under
             source_padding="zero". With ``source_labels`` or ``source_decoder_input_ids`` also the decoder's states
-            (B, u, d). The result is also None if no active adapter reads a source, or if the model's blocks are on
-            several devices.
+            (B, u, d). The result is also None if no active adapter reads a source, if the model's blocks are on
+            several devices, or while tiers="auto" has not chosen the tiers yet.
 
         Raises:
             TypeError, ValueError: the model has no FLARE adapters, the source is missing or has a wrong type or shape,

@@ -190,7 +190,8 @@ class CachedReader:
 
         Returns:
             StateKey -> state (B, m, d), contiguous, zero at positions that are not stored, in the order in which the
-            model computes them. None if a row is not cached, or if the model's blocks are on several devices.
+            model computes them. None if a row is not cached, if the model's blocks are on several devices, or while
+            tiers="auto" has not chosen the tiers yet.
         """
         states = read(self.cache, self.batch)
         if states is not None:
