@@ -32,15 +32,15 @@ def test_loss_and_gradients_match_the_formula(family, fusion, offset) -> None:
     tiny.randomize_lora(stock)
     states = tiny.source_hidden_states(stock, inputs, offset)
     with tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, fusion), QV[family]):
-        want = stock(**without_source(inputs))
-        want.loss.backward()
+        expected = stock(**without_source(inputs))
+        expected.loss.backward()
     model = fused(family, fusion=fusion, source_layer_offset=offset)
-    got = model(**inputs)
-    got.loss.backward()
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
-    want_grads, grads = tiny.gradients(stock), tiny.gradients(model)
-    assert want_grads.keys() == grads.keys()
-    for name, grad in want_grads.items():
+    actual = model(**inputs)
+    actual.loss.backward()
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    expected_grads, grads = tiny.gradients(stock), tiny.gradients(model)
+    assert expected_grads.keys() == grads.keys()
+    for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -57,12 +57,12 @@ def test_plain_lora_without_a_source_matches_peft(family) -> None:
     tiny.randomize_lora(stock)
     model = fused(family)
     with pytest.warns(UserWarning, match=r"remove_unused_columns[\s\S]*FlareDataCollator") as seen:
-        got = model(**inputs)
+        actual = model(**inputs)
     assert seen[0].filename == __file__, "the warning points at the user's line"
-    want = stock(**inputs)
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-6, atol=1e-6)
-    got.loss.backward()
-    want.loss.backward()
+    expected = stock(**inputs)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-6, atol=1e-6)
+    actual.loss.backward()
+    expected.loss.backward()
     grads = tiny.gradients(model)
     for name, grad in tiny.gradients(stock).items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=1e-7, msg=name)
@@ -72,7 +72,7 @@ def test_plain_lora_without_a_source_matches_peft(family) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_16_bit_error_is_at_most_twice_that_of_peft(family) -> None:
+def test_bf16_error_is_at_most_twice_the_error_of_peft(family) -> None:
     inputs = without_source(tiny.batch(family))
     targets = {"r": 5, "lora_alpha": 7, "target_modules": list(QV[family]), **_task(family)}
     exact = peft.get_peft_model(tiny.model(family).double(), peft.LoraConfig(**targets), autocast_adapter_dtype=False)
@@ -85,8 +85,8 @@ def test_16_bit_error_is_at_most_twice_that_of_peft(family) -> None:
         truth = exact(**inputs).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
             plain = stock(**inputs).logits.double()
-        got = model(**inputs).logits.double()
-    assert (got - truth).abs().max() <= 2 * (plain - truth).abs().max() + torch.finfo(torch.bfloat16).eps
+        actual = model(**inputs).logits.double()
+    assert (actual - truth).abs().max() <= 2 * (plain - truth).abs().max() + torch.finfo(torch.bfloat16).eps
 
 
 def test_report_lists_fused_modules_and_reasons() -> None:
@@ -121,10 +121,10 @@ def test_fusion_modules_select_the_modules_that_fuse() -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_save_and_load(family, tmp_path) -> None:
+def test_a_saved_adapter_loads_with_the_same_logits(family, tmp_path) -> None:
     model = fused(family, fusion="mul", source_layer_offset=0).eval()
     inputs = tiny.batch(family)
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["peft_type"], saved["fusion"], saved["source_layer_offset"], saved["r"]) == ("FLARE", "mul", 0, 5)
@@ -133,23 +133,23 @@ def test_save_and_load(family, tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         loaded = peft.PeftModel.from_pretrained(tiny.model(family), tmp_path).eval()
-    torch.testing.assert_close(loaded(**inputs).logits, want, rtol=0, atol=0)
+    torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=0)
     assert type(loaded) is type(model)
 
 
 def test_disable_adapter_gives_the_base_models_output() -> None:
     base = tiny.model("bert").eval()
     inputs = tiny.batch("bert")
-    want = base(**without_source(inputs)).logits
+    expected = base(**without_source(inputs)).logits
     model = fused("bert").eval()
     model.get_base_model().classifier.original_module.load_state_dict(base.classifier.state_dict())
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     with model.disable_adapter():
-        torch.testing.assert_close(model(**inputs).logits, want, rtol=0, atol=0)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
     assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-def test_several_adapters() -> None:
+def test_several_adapters_on_one_model() -> None:
     """Each adapter keeps its fusion, only active adapters are used, and two active adapters both change the output."""
     inputs = tiny.batch("llama")
     model = fused("llama", fusion="add_relu").eval()
@@ -177,7 +177,7 @@ def test_several_adapters() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
-def test_hotswap(fusion, tmp_path) -> None:
+def test_hotswap_needs_an_equal_fusion(fusion, tmp_path) -> None:
     from peft.utils.hotswap import hotswap_adapter
 
     inputs = tiny.batch("llama")
@@ -222,9 +222,9 @@ def test_merging_a_fusing_adapter_is_refused_before_anything_is_merged(way, fusi
 def test_adapter_without_fusion_merges_as_in_peft() -> None:
     inputs = without_source(tiny.batch("llama"))
     model = fused("llama", fusion=None).eval()
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(**inputs).logits, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     assert not merged._forward_pre_hooks
 
 
@@ -239,10 +239,10 @@ def test_unload_removes_every_hook() -> None:
 def test_deep_copy_and_pickle_use_their_own_layers() -> None:
     inputs = tiny.batch("bert")
     model = fused("bert").eval()
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         tiny.randomize_lora(model, seed=5)  # changing the original must not change the copy
-        torch.testing.assert_close(twin(**inputs).logits, want, rtol=0, atol=0)
+        torch.testing.assert_close(twin(**inputs).logits, expected, rtol=0, atol=0)
         tiny.randomize_lora(model)
 
 
@@ -261,7 +261,6 @@ def test_plain_lora_works_on_an_unknown_architecture() -> None:
 
 
 def test_a_backbone_without_head_and_task_type_fuses() -> None:
-    """A model without a head and a task type can fuse."""
     import transformers
 
     torch.manual_seed(0)
@@ -316,7 +315,7 @@ def test_values_of_a_lora_config_are_used() -> None:
     assert str(config.peft_type) != "FLARE", "the config that was passed must not change"
 
 
-def test_defaults_and_task_types() -> None:
+def test_defaults_and_task_types_follow_the_paper_and_the_model() -> None:
     assert (flare.FlareConfig().r, flare.FlareConfig().lora_alpha, flare.FlareConfig().source_layer_offset) == (
         64,
         128,

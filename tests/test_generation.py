@@ -35,7 +35,7 @@ def test_cached_steps_match_one_forward(fusion, offset) -> None:
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma2", "Qwen2"])
-def test_models_with_sliding_windows(name) -> None:
+def test_models_with_sliding_windows_match_one_forward(name) -> None:
     """The sliding windows of both KV caches, the target's and the source's, are shorter than the text."""
     torch.manual_seed(0)
     values = {**tiny._DECODER, "head_dim": 8, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
@@ -79,7 +79,7 @@ def test_no_source_pass_after_all_sources_have_ended() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5])
-def test_chunked_prefill(chunk) -> None:
+def test_chunked_prefill_gives_the_same_text_and_logits(chunk) -> None:
     model, inputs = fused(), prompts()
     sequences, logits = generated(model, inputs)
     same, chunked = generated(model, inputs, prefill_chunk_size=chunk)
@@ -87,7 +87,7 @@ def test_chunked_prefill(chunk) -> None:
     torch.testing.assert_close(chunked, logits, **TOLERANCE)
 
 
-def test_sampling_and_several_sequences() -> None:
+def test_sampling_several_sequences_matches_one_forward() -> None:
     model, inputs = fused(), prompts()
     options = {"do_sample": True, "top_k": 0, "num_return_sequences": 3}
     torch.manual_seed(3)
@@ -100,7 +100,7 @@ def test_sampling_and_several_sequences() -> None:
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_beams(sample) -> None:
+def test_scores_of_beams_match_one_forward(sample) -> None:
     model, inputs = fused(), prompts()
     options = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0, "do_sample": sample, "top_k": 0}
     out = model.generate(
@@ -137,27 +137,27 @@ def test_prompts_of_the_collator_give_the_same_text_alone_and_in_a_batch() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes_and_autocast(dtype) -> None:
-    """The first step's logits are close to float64's, and in float32 the text is equal."""
+def test_other_dtypes_and_autocast_are_close_to_float64(dtype) -> None:
+    """The logits of the first step are close to the float64 logits, and in float32 the text is equal too."""
     model, inputs = fused(fusion="add"), prompts()
-    want, logits = generated(model, inputs, 4)
+    expected, logits = generated(model, inputs, 4)
     model = model.to(dtype)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             sequences, close = generated(model, inputs, 4)
         tolerance = 1e-4 if dtype == torch.float32 and not autocast else 0.05
         assert (close[:, 0] - logits[:, 0]).abs().max() < tolerance
-        assert sequences.shape == want.shape
+        assert sequences.shape == expected.shape
     if dtype == torch.float32:
-        assert torch.equal(generated(model, inputs, 4)[0], want)
+        assert torch.equal(generated(model, inputs, 4)[0], expected)
 
 
 def test_a_compiled_model_generates_the_same_text() -> None:
     model, inputs = fused(), prompts()
-    want, logits = generated(model, inputs, 2)
+    expected, logits = generated(model, inputs, 2)
     model.get_base_model().compile(backend="eager")
     sequences, compiled = generated(model, inputs, 2)
-    assert torch.equal(sequences, want)
+    assert torch.equal(sequences, expected)
     torch.testing.assert_close(compiled, logits, **TOLERANCE)
 
 
@@ -214,18 +214,18 @@ def test_source_padding_keep_warns_once_if_a_source_is_shorter() -> None:
     _, row_logits = generated(model, row_of(inputs, 2), source_padding="keep")
     torch.testing.assert_close(row_logits[0], logits[2], **TOLERANCE)
     with pytest.warns(UserWarning, match="source_padding='keep', and a source prompt is shorter") as seen:
-        _, kept_logits = generated(model, prompts(), source_padding="keep")
+        _, keep_logits = generated(model, prompts(), source_padding="keep")
     assert seen[0].filename == generating.__file__, "the warning points at the caller of generate"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generated(model, prompts(), source_padding="keep")
-    assert not torch.allclose(kept_logits, generated(model, prompts())[1], atol=1e-4)
+    assert not torch.allclose(keep_logits, generated(model, prompts())[1], atol=1e-4)
 
 
 # --- several adapters, and no source ----------------------------------------------------------------------------------
 
 
-def test_several_adapters() -> None:
+def test_each_of_two_adapters_and_both_together_match_one_forward() -> None:
     model, inputs = fused(), prompts()
     model.add_adapter("second", flare.FlareConfig(r=4, fusion="mul", source_padding="zero", task_type="CAUSAL_LM"))
     tiny.randomize_lora(model, seed=4)
@@ -273,12 +273,12 @@ def test_generation_without_a_source_matches_peft(tmp_path) -> None:
 
 def test_generation_leaves_no_hooks_or_state(tmp_path) -> None:
     model, inputs = fused(), prompts()
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     generated(model, inputs)
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
-    torch.testing.assert_close(model(**inputs).logits, want, rtol=0, atol=0)
-    torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, want, rtol=0, atol=0)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, expected, rtol=0, atol=0)
 
 
 # --- FLARE MT ---------------------------------------------------------------------------------------------------------
@@ -301,10 +301,10 @@ def test_new_tokens_use_the_last_latent_state(masked, alignment) -> None:
     longer_source = {"source_states": longer}
     if masked:
         longer_source["source_attention_mask"] = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], dim=1)
-    want = model(
+    expected = model(
         input_ids=sequences[:, :-1],
         attention_mask=target_mask,
         position_ids=(target_mask.cumsum(1) - 1).clamp(min=0),
         **longer_source,
     ).logits[:, 6:]
-    torch.testing.assert_close(logits, want.float(), **TOLERANCE)
+    torch.testing.assert_close(logits, expected.float(), **TOLERANCE)

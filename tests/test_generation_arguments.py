@@ -52,8 +52,8 @@ def test_assistant_is_refused_and_dynamic_cache_implementation_is_accepted() -> 
     model = fused()
     with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM"):
         model.generate(**prompts(), assistant_model=tiny.model("llama"), max_new_tokens=2)
-    want, _ = generated(model, prompts())
-    assert torch.equal(generated(model, prompts(), cache_implementation="dynamic", past_key_values=None)[0], want)
+    expected, _ = generated(model, prompts())
+    assert torch.equal(generated(model, prompts(), cache_implementation="dynamic", past_key_values=None)[0], expected)
 
 
 SOURCES = [

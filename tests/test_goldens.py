@@ -118,7 +118,7 @@ def inputs_of(tensors: dict[str, torch.Tensor], fusion: str) -> dict[str, torch.
 
 
 @pytest.mark.parametrize(("folder", "name"), SINGLE)
-def test_logits_loss_and_gradients_of_one_step(folder, name) -> None:
+def test_logits_loss_and_gradients_of_one_step_match_the_release(folder, name) -> None:
     model, tensors, case = build(folder, name)
     out = model(**inputs_of(tensors, case["fusion"]))
     valid = tensors["attention_mask_target"].bool()
@@ -133,13 +133,13 @@ def test_logits_loss_and_gradients_of_one_step(folder, name) -> None:
     assert abs(out.loss.item() - tensors["loss"].item()) <= LOSS
     out.loss.backward()
     for key, parameter in trained_parameters(model).items():
-        want = tensors["grad." + key]
-        allowed = GRAD_ABSOLUTE + GRAD_RELATIVE * want.abs().max()
-        assert (parameter.grad - want).abs().max() <= allowed, key
+        expected = tensors["grad." + key]
+        allowed = GRAD_ABSOLUTE + GRAD_RELATIVE * expected.abs().max()
+        assert (parameter.grad - expected).abs().max() <= allowed, key
 
 
 @pytest.mark.parametrize(("folder", "name"), GENERATION)
-def test_generation_with_the_releases_alignment(folder, name) -> None:
+def test_generation_with_the_releases_alignment_matches_the_release(folder, name) -> None:
     model, tensors, case = build(folder, name)
     out = model.eval().generate(
         **inputs_of(tensors, case["fusion"]),
@@ -172,7 +172,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("folder", "name"), TRAINING)
-def test_ten_training_steps_through_flare_trainer(folder, name, tmp_path) -> None:
+def test_ten_training_steps_of_flare_trainer_match_the_release(folder, name, tmp_path) -> None:
     model, tensors, case = build(folder, name)
     rows = _Rows(tensors, case["fusion"])
     arguments = transformers.TrainingArguments(
@@ -206,9 +206,9 @@ def test_ten_training_steps_through_flare_trainer(folder, name, tmp_path) -> Non
 
     trainer.compute_loss = spy  # type: ignore[method-assign]
     trainer.train()
-    want = tensors["loss_per_step"].tolist()
-    assert len(losses) == len(want) == 10
-    assert max(abs(a - b) for a, b in zip(losses, want, strict=True)) <= STEP_LOSS
+    expected = tensors["loss_per_step"].tolist()
+    assert len(losses) == len(expected) == 10
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= STEP_LOSS
     for key, parameter in trained_parameters(model).items():
         assert (parameter - tensors["final." + key]).abs().max() <= WEIGHTS, key
     heads = {

@@ -71,16 +71,16 @@ def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none:
         models.append(model)
     assert recorder.captures == 3 and recorder.replays == len(batches) - 2 * 3
     assert torch.equal(*losses) and losses[0].isfinite().all()
-    for (name, got), want in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
-        assert torch.equal(got, want), name
+    for (name, actual), expected in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(actual, expected), name
 
 
 def test_gradients_are_accumulated() -> None:
     """p.grad is the sum of gradients that the user set, of eager steps with another shape, and of replays."""
-    model, want = fused("bert"), fused("bert")
+    model, eager_model = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     batch, other = batch_of("bert"), batch_of("bert", m=6)
-    for one, run in ((model, step), (want, eager(want))):
+    for one, run in ((model, step), (eager_model, eager(eager_model))):
         run(batch), run(batch)
         one.zero_grad(set_to_none=True)
         for parameter in one.parameters():
@@ -89,7 +89,7 @@ def test_gradients_are_accumulated() -> None:
         run(batch)
         one.zero_grad(set_to_none=True)
         run(other), run(batch), run(other), run(batch)
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
     assert recorder.replays == 5
 
 
@@ -160,28 +160,28 @@ def test_autocast_is_part_of_the_shape_and_keeps_no_cast_weights() -> None:
         return loss
 
     step, recorder = graphed(model, noting, warmup_steps=1)
-    want = fused("bert")
+    eager_model = fused("bert")
     for dtype in (None, torch.bfloat16):
         for seed in range(3):
             with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                got = step(batch_of("bert", seed=seed))
-                assert torch.equal(got, eager(want)(batch_of("bert", seed=seed)))
+                actual = step(batch_of("bert", seed=seed))
+                assert torch.equal(actual, eager(eager_model)(batch_of("bert", seed=seed)))
     assert recorder.captures == 2 and not any(caches)
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
 
 
 # --- a few shapes -----------------------------------------------------------------------------------------------------
 
 
 def test_the_graphs_of_the_last_used_shapes_are_kept() -> None:
-    model, want = fused("bert"), fused("bert")
+    model, eager_model = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1, max_graphs=2)
-    lengths = [5, 5, 6, 6, 5, 7, 7, 5, *[6] * 17]  # 7 replaces 6; after 16 eager steps 6 replaces 7
+    lengths = [5, 5, 6, 6, 5, 7, 7, 5, *[6] * 17]  # length 7 replaces 6; 6 replaces 7 after 16 eager steps
     with pytest.warns(UserWarning, match="more than max_graphs=2 shapes") as caught:
         for m in lengths:
             step(batch_of("bert", m=m))
-            eager(want)(batch_of("bert", m=m))
-    same_gradients(model, want)
+            eager(eager_model)(batch_of("bert", m=m))
+    same_gradients(model, eager_model)
     assert len(caught) == 1
     assert (recorder.captures, recorder.released, recorder.replays) == (4, 2, 6)
 
@@ -216,7 +216,7 @@ class Cache:
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
     """The graph reads states from its own buffers and no source text. With a cold cache, the step is eager."""
-    model, want, seen = fused("bert"), fused("bert"), []
+    model, eager_model, seen = fused("bert"), fused("bert"), []
 
     def noting(batch: dict[str, Any]) -> Tensor:
         seen.append(batch)
@@ -226,7 +226,7 @@ def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
     step, recorder = graphed(model, noting, warmup_steps=1, source_cache=cache)
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
     batches = batches if padded else [full(batch) for batch in batches]
-    run = eager(want)
+    run = eager(eager_model)
     with pytest.warns(UserWarning, match="source_cache has not all rows of a batch yet") as caught:
         step(batches[0]), step(batches[1])
     assert len(caught) == 1 and all("source_input_ids" in batch for batch in seen)
@@ -235,7 +235,7 @@ def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
         step(batch)
     for batch in [*batches[:2], *batches]:
         run(without_full_masks(batch))
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
     assert recorder.captures == 1 and recorder.replays == 3
     assert not any("source_input_ids" in batch or "source_attention_mask" in batch for batch in seen)
     assert all((batch["source_states"].attention_mask is not None) == padded for batch in seen)
@@ -244,11 +244,11 @@ def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
 
 
 def test_a_real_cache_gives_the_gradients_of_a_loop_without_one() -> None:
-    model, want = fused("bert"), fused("bert")
+    model, eager_model = fused("bert"), fused("bert")
     cache = flare.SourceStateCache(1 << 20, tiers=("host",))
     model.set_source_cache(cache)
     step, recorder = graphed(model, warmup_steps=1, source_cache=cache)
-    batches, run = [batch_of("bert", seed=seed) for seed in range(3)], eager(want)
+    batches, run = [batch_of("bert", seed=seed) for seed in range(3)], eager(eager_model)
     with pytest.warns(UserWarning, match="source_cache has not all rows of a batch yet"):
         for batch in batches:
             step(batch)
@@ -256,7 +256,7 @@ def test_a_real_cache_gives_the_gradients_of_a_loop_without_one() -> None:
         step(batch)
     for batch in [*batches, *batches]:
         run(without_full_masks(batch))
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
     assert recorder.captures == 1 and recorder.replays >= 1 and cache.stats().entries == {"host": 9}
 
 
@@ -338,14 +338,14 @@ def test_attention_gets_the_eager_arguments(
     if padding == "no mask":
         batch = {name: value for name, value in batch.items() if not name.endswith("mask")}
     model(**batch)
-    want, calls[:] = list(calls), []
+    eager_calls, calls[:] = list(calls), []
     with _compat.eager_attention_masks():
         monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
         model(**without_full_masks(batch))
-    assert len(calls) == len(want) >= (1 + source) * tiny.LAYERS
-    for (got_mask, *options), (want_mask, *expected) in zip(calls, want, strict=True):
-        assert options == expected and (got_mask is None) == (want_mask is None)
-        if want_mask is not None:
-            assert got_mask[:2] == want_mask[:2] and torch.equal(got_mask[2], want_mask[2])
+    assert len(calls) == len(eager_calls) >= (1 + source) * tiny.LAYERS
+    for (mask, *options), (eager_mask, *eager_options) in zip(calls, eager_calls, strict=True):
+        assert options == eager_options and (mask is None) == (eager_mask is None)
+        if eager_mask is not None:
+            assert mask[:2] == eager_mask[:2] and torch.equal(mask[2], eager_mask[2])
     if padding != "padded" and family != "mt5":  # mt5 passes its position biases as masks
         assert all(mask is None for mask, *_ in calls)

@@ -52,19 +52,19 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_captured_again(change: str) -> None:
-    model, want = fused("bert", lora_dropout=0.1), fused("bert", lora_dropout=0.1)
+    model, eager_model = fused("bert", lora_dropout=0.1), fused("bert", lora_dropout=0.1)
     step, recorder = graphed(model, warmup_steps=1)
     batch = batch_of("bert")
     step(batch), step(batch)
     torch.manual_seed(3), CHANGES[change](model)
-    torch.manual_seed(3), CHANGES[change](want)
-    for one in (model, want):
+    torch.manual_seed(3), CHANGES[change](eager_model)
+    for one in (model, eager_model):
         one.zero_grad()
         torch.manual_seed(4)
-        run = step if one is model else eager(want)
+        run = step if one is model else eager(eager_model)
         losses = [run(batch) for _ in range(3)]
         assert all(loss.isfinite() for loss in losses)
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
     assert (recorder.captures, recorder.released, recorder.replays) == (2, 1, 3)
 
 
@@ -104,7 +104,7 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("reason", UNSUPPORTED)
 def test_a_model_that_cannot_be_captured_runs_eagerly(reason: str) -> None:
-    model, want = fused("bert"), fused("bert")
+    model, eager_model = fused("bert"), fused("bert")
     UNSUPPORTED[reason](model)
     if "compiled" in reason:
         torch._dynamo.config.disable = True
@@ -112,11 +112,11 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(reason: str) -> None:
     try:
         with pytest.warns(UserWarning, match=f"cuda_graphs: .*{reason}.*run eagerly") as caught:
             for seed in range(4):
-                assert torch.equal(step(batch_of("bert", seed=seed)), eager(want)(batch_of("bert", seed=seed)))
+                assert torch.equal(step(batch_of("bert", seed=seed)), eager(eager_model)(batch_of("bert", seed=seed)))
     finally:
         torch._dynamo.config.disable = False
     assert len([one for one in caught if "cuda_graphs" in str(one.message)]) == 1 and recorder.captures == 0
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
 
 
 def test_data_parallel_wrappers_run_eagerly() -> None:
@@ -128,24 +128,24 @@ def test_data_parallel_wrappers_run_eagerly() -> None:
 
 
 def test_without_cuda_every_step_is_eager() -> None:
-    model, want = fused("bert"), fused("bert")
+    model, eager_model = fused("bert"), fused("bert")
     step = flare.GraphedStep(model)
     with pytest.warns(UserWarning, match="the model is on cpu, and CUDA graphs need a CUDA device") as caught:
         for _ in range(4):
-            assert torch.equal(step(batch_of("bert")), eager(want)(batch_of("bert")))
+            assert torch.equal(step(batch_of("bert")), eager(eager_model)(batch_of("bert")))
     assert len(caught) == 1
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
 
 
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
 def test_states_from_outside_the_graph_run_eagerly(memory: str) -> None:
-    model, want = fused("bert", source_memory=memory), fused("bert")
+    model, eager_model = fused("bert", source_memory=memory), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     with pytest.warns(UserWarning, match=f"source_memory='{memory}'") as caught:
         for seed in range(3):
             step(batch_of("bert", seed=seed))
-            eager(want)(batch_of("bert", seed=seed))
-    same_gradients(model, want)
+            eager(eager_model)(batch_of("bert", seed=seed))
+    same_gradients(model, eager_model)
     assert len([one for one in caught if "cuda_graphs" in str(one.message)]) == 1 and recorder.captures == 0
     plain = {name: value for name, value in batch_of("bert").items() if not name.startswith("source")}
     step(plain), step(plain)
@@ -185,12 +185,12 @@ class Interrupted(RuntimeError):
 @pytest.mark.parametrize("where", ["forward", "backward", "end"])
 def test_a_failed_capture_changes_nothing(where: str) -> None:
     """Gradients, random numbers and the model equal those of an eager loop. Other shapes are still captured."""
-    model, want = fused("bert", lora_dropout=0.2), fused("bert", lora_dropout=0.2)
+    model, eager_model = fused("bert", lora_dropout=0.2), fused("bert", lora_dropout=0.2)
     failing = [False]
 
     def step_of(batch: dict[str, Any]) -> Tensor:
         if failing[0] and where == "forward":
-            batch["labels"] = torch.full_like(batch["labels"], 99)  # the loss raises, in the middle of the model
+            batch["labels"] = torch.full_like(batch["labels"], 99)  # not a class, so the forward raises an error
         loss = model(**batch).loss
         if failing[0] and where == "backward":
             loss.register_hook(raising)
@@ -203,7 +203,7 @@ def test_a_failed_capture_changes_nothing(where: str) -> None:
     step, recorder = graphed(model, step_of, warmup_steps=1)
     good, bad = batch_of("bert", m=6), batch_of("bert")
     torch.manual_seed(11)
-    got = [step(good), step(good), step(bad)]
+    actual = [step(good), step(good), step(bad)]
     failing[0] = True
     recorder.failing = raising if where == "end" else None
     with pytest.warns(UserWarning, match="a step could not be captured .*such steps run eagerly") as caught:
@@ -220,15 +220,15 @@ def test_a_failed_capture_changes_nothing(where: str) -> None:
             return once
 
         recorder.capture = fails_only_in_capture()
-        got += [step(bad), step(bad), step(bad)]
+        actual += [step(bad), step(bad), step(bad)]
     assert len(caught) == 1
-    # captured again, because a failed capture may have damaged other graphs
-    got += [step(good), step(good), step(good)]
+    # ``good`` is captured again, because the failed capture may have damaged its graph
+    actual += [step(good), step(good), step(good)]
     assert recorder.captures == 3 and recorder.released == 1 and recorder.replays == 3
     torch.manual_seed(11)
-    run = eager(want)
-    assert torch.equal(torch.stack(got), torch.stack([run(b) for b in [good] * 2 + [bad] * 4 + [good] * 3]))
-    same_gradients(model, want)
+    run = eager(eager_model)
+    assert torch.equal(torch.stack(actual), torch.stack([run(b) for b in [good] * 2 + [bad] * 4 + [good] * 3]))
+    same_gradients(model, eager_model)
 
 
 def test_out_of_memory_is_reported() -> None:
@@ -259,7 +259,7 @@ def test_a_model_without_capturable_shapes_runs_eagerly() -> None:
 
 def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
     """The gradient would be in the graph's memory, so the step runs eagerly and p.grad is restored."""
-    model, want = fused("bert"), fused("bert")
+    model, eager_model = fused("bert"), fused("bert")
     late = model.late = nn.Parameter(torch.ones(()))
     steps = [0]
 
@@ -270,13 +270,13 @@ def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
         return loss
 
     step, recorder = graphed(model, step_of, warmup_steps=1)
-    with pytest.warns(UserWarning, match="a gradient that had none"):
+    with pytest.warns(UserWarning, match="a parameter without a gradient in the eager steps"):
         step(batch_of("bert"))
         loss = step(batch_of("bert"))
-    assert recorder.released == 1 and late.grad == loss  # d(loss * late) / d(late), once
-    eager(want)(batch_of("bert")), eager(want)(batch_of("bert"))
+    assert recorder.released == 1 and late.grad == loss  # d(loss * late) / d(late) is loss, added once
+    eager(eager_model)(batch_of("bert")), eager(eager_model)(batch_of("bert"))
     late.grad = None
-    same_gradients(model, want)
+    same_gradients(model, eager_model)
 
 
 def test_random_numbers_on_the_host_are_detected() -> None:
@@ -290,9 +290,9 @@ def test_random_numbers_on_the_host_are_detected() -> None:
 
     step, recorder = graphed(model, drops, warmup_steps=1)
     random.seed(1)
-    want = [random.random() < 0.5 for _ in range(6)]
+    expected = [random.random() < 0.5 for _ in range(6)]
     random.seed(1)
     with pytest.warns(UserWarning, match="random numbers on the host"):
         losses = torch.stack([step(batch_of("bert")) for _ in range(6)])
     assert recorder.replays == 0
-    assert ((losses == losses.min()) == torch.tensor(want)).all()
+    assert ((losses == losses.min()) == torch.tensor(expected)).all()

@@ -1,4 +1,4 @@
-"""Test FlareTrainer(cuda_graphs=True) on a CPU: captured steps equal those of the normal training loop."""
+"""Test FlareTrainer(cuda_graphs=True) on a CPU: captured steps give the results of the normal training loop."""
 
 from __future__ import annotations
 
@@ -83,12 +83,13 @@ def test_the_trainer_gives_the_same_parameters(
         )
         models.append(model)
     (recorder,) = recorders
-    # two rows or one row per batch, four batches per step or two in the last step; mt5's labels vary more
+    # Three graphs: two rows per batch in steps of four batches; two rows and one row in the last step of two batches.
+    # mt5 has more graphs, because the width of its labels varies.
     assert recorder.captures == 3 or family == "mt5"
     assert recorder.replays > recorder.captures > 1
     assert logs[0] == logs[1]
-    for (name, got), want in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
-        assert torch.equal(got, want), name
+    for (name, actual), expected in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(actual, expected), name
 
 
 def trainer_layout(family: str) -> str:
@@ -131,5 +132,5 @@ def test_a_trainer_that_cannot_capture_warns_once(options: dict[str, Any], reaso
         messages = [str(one.message) for one in caught if "cuda_graphs" in str(one.message)]
         assert len(messages) == captured and all(reason in message for message in messages)
         models.append(model)
-    for got, want in zip(models[1].parameters(), models[0].parameters(), strict=True):
-        assert torch.equal(got, want)
+    for actual, expected in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(actual, expected)

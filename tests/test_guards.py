@@ -45,13 +45,13 @@ def test_a_refused_batch_with_adapter_names_leaves_no_hooks() -> None:
     model = fused().eval()
     model.add_adapter("second", flare.FlareConfig(r=4, task_type="CAUSAL_LM"))
     inputs, names = tiny.batch("llama"), ["default", "second", "default"]
-    want, before = model(**inputs).logits, hooks(model)
+    expected, before = model(**inputs).logits, hooks(model)
     with pytest.raises(ValueError, match=r"adapter_names .* cannot be combined with source_input_ids"):
         model(**inputs, adapter_names=names)
     with pytest.raises(ValueError, match=r"adapter_names .* cannot be combined with source_input_ids"):
         model.generate(input_ids=inputs["input_ids"], source_input_ids=inputs["source_input_ids"], adapter_names=names)
     assert hooks(model) == before
-    torch.testing.assert_close(model(**inputs).logits, want, rtol=0, atol=0)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
@@ -80,17 +80,17 @@ def test_a_named_adapter_is_described_in_the_card_of_the_parent_folder(tmp_path)
 
 @pytest.mark.parametrize("fusion", ["add", "add_relu"])
 @pytest.mark.parametrize("how", ["linear", "cat"])
-def test_combination_with_an_empty_adapter_changes_nothing(fusion, how) -> None:
+def test_combination_with_an_adapter_of_zeros_changes_nothing(fusion, how) -> None:
     model, inputs = fused(fusion=fusion), tiny.batch("llama")
     model.add_adapter("zero", flare.FlareConfig(r=4, lora_alpha=8, fusion=fusion, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".zero." in name:
                 parameter.zero_()
-    want = model.eval()(**inputs).logits
+    expected = model.eval()(**inputs).logits
     model.add_weighted_adapter(["default", "zero"], [1.0, 1.0], "both", combination_type=how)
     model.set_adapter("both")
-    torch.testing.assert_close(model.eval()(**inputs).logits, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.eval()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ def test_refused_call_does_not_change_a_peft_model(targets, overrides, message) 
     model = stock(target_modules=targets, rank_pattern={"v_proj": 3} if "cross_attention_heads" in overrides else {})
     before, config = state(model), model.peft_config["default"]
     inputs = tiny.batch("llama", source=False)
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     with pytest.raises(ValueError, match=message):
         flare.fast_lora(model, **overrides)
     assert state(model) == before
     assert type(model.base_model) is LoraModel and model.peft_type == "LORA"
     assert model.peft_config["default"] is config and type(config) is peft.LoraConfig
     assert all(type(m) is LoraLinear for m in model.modules() if isinstance(m, LoraLayer))
-    torch.testing.assert_close(model(**inputs).logits, want, rtol=0, atol=0)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
     model.merge_and_unload()
 
 
@@ -222,11 +222,11 @@ def test_settings_that_change_the_base_model_are_refused(fields) -> None:
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva'")
 def test_other_initialisations_do_not_change_the_base_model(init) -> None:
-    want = dict(tiny.model("llama").named_parameters())
+    expected = dict(tiny.model("llama").named_parameters())
     model = flare.fast_lora(tiny.model("llama"), r=4, init_lora_weights=init)
     for name, parameter in model.get_base_model().named_parameters():
         if "lora_" not in name:
-            assert torch.equal(parameter, want[name.replace(".base_layer", "")]), name
+            assert torch.equal(parameter, expected[name.replace(".base_layer", "")]), name
 
 
 # --- values of FlareConfig --------------------------------------------------------------------------------------------

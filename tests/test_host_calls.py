@@ -32,7 +32,7 @@ LAUNCHES = {"xlmr": (2, 1), "llama": (2, 1), "mt5": (4, 4)}
 OTHER_KERNELS = ("shrink_kernel", "expand_kernel", "grad_bottleneck_kernel", "grad_weight_kernel")
 #: Files that run or replace the kernels.
 PRIMITIVES = ("flare_kernels/triton_ops/", "flare_kernels/torch_ops.py")
-#: Maximum number of files that run between the batch and dA, without the primitives.
+#: Maximum number of files that run between the batch and the gradient of A (dA), without the primitives.
 MAX_FILES = 10
 
 

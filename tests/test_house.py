@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
 #: Folders with Python files, for a copy of the project that git does not track.
 FOLDERS = (*PACKAGES, "benchmarks", "tests", "examples", "tools")
-#: Packages that have no import cycle even if imports inside functions, for type checkers and by import_module count.
+#: Packages without import cycles, where imports inside functions, for type checkers and by import_module are included.
 STRICT_PACKAGES = ("flare_kernels", "flare")
 #: Modules that import a module whose name is in a variable. This test cannot follow such imports.
 DYNAMIC_IMPORTS = {"flare_kernels.aot", "flare"}
@@ -169,14 +169,14 @@ def imported_by_name(module: str, path: Path) -> set[str]:
 
 
 def import_graph(package: str, *, strict: bool) -> dict[str, set[str]]:
-    """Return module -> the modules of the package that it imports; with ``strict``, also those it imports later."""
+    """Return module -> modules of the package that it imports when it is imported; with ``strict``, also later."""
     modules = sources(package)
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
         names = imported(module, path, top_level_only=not strict)
         for name in imported_by_name(module, path) if strict else ():
             names |= {other for other in modules if fnmatch.fnmatchcase(other, name)}
-        # `from package import module` needs the submodule, and not the names that the package's __init__ collects
+        # `from package import module` depends on the submodule, not on the names that the package's __init__ collects
         direct = {n for n in names if n in modules and n != module}
         graph[module] = {n for n in direct if not any(d.startswith(n + ".") for d in direct)}
     return graph
@@ -282,7 +282,7 @@ def test_imports_point_downwards(package: str):
                 assert below, f"{module} imports {target}"
 
 
-def test_the_method_does_not_need_the_experiments_libraries():
+def test_only_the_experiments_import_their_libraries():
     for module, path in sources("flare").items():
         if not module.startswith("flare.experiments"):
             roots = {name.partition(".")[0] for name in imported(module, path, top_level_only=False)}
@@ -290,7 +290,7 @@ def test_the_method_does_not_need_the_experiments_libraries():
 
 
 def test_code_of_a_models_folder_runs_only_if_the_caller_allows_it():
-    """Every from_pretrained of transformers gets trust_remote_code, because by default it asks on a terminal."""
+    """Every from_pretrained of transformers gets trust_remote_code, because without it, transformers asks the user."""
     calls = 0
     for module, path in {**sources("flare"), **sources("flare_kernels")}.items():
         tree = ast.parse(path.read_text())

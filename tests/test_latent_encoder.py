@@ -1,4 +1,4 @@
-"""``flare.LatentEncoder``: it tags texts with their language and returns their states, on which FLARE MT trains."""
+"""Test flare.LatentEncoder, which returns an MT encoder's states of texts. FLARE MT reads them as the source."""
 
 from __future__ import annotations
 

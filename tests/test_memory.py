@@ -1,4 +1,4 @@
-"""Bytes that the adapters save for the backward pass, compared with PEFT's eager layers."""
+"""Test that the adapters need little memory: bytes saved for the backward pass, and results added in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def saved_by_adapters(model, inputs, plain_inputs) -> int:
 
 @pytest.mark.parametrize("fusion", ["add_relu", "mul", "add"])
 def test_adapters_save_fewer_bytes_than_pefts_eager_layers(fusion, capsys) -> None:
-    """FLARE saves at most 0.4 times the bytes of eager PEFT: bf16 Llama, float32 adapters, no autocast."""
+    """FLARE saves at most 0.4 times the bytes of eager PEFT, in a bf16 Llama with float32 adapters and no autocast."""
     size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "dtype": torch.bfloat16}
     inputs = tiny.batch("llama", B=4, m=64)
     plain = {k: v for k, v in inputs.items() if not k.startswith("source_")}

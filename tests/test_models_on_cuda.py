@@ -79,7 +79,7 @@ def test_every_source_memory_gives_the_gradients_of_keep(family: str, memory: st
 def test_offloaded_states_use_two_buffers_on_the_device(cuda: torch.device) -> None:
     """The host queues all states before the device has copied the first one, and no state is lost.
 
-    The device never holds more than three states: those in the two buffers, and the one being computed.
+    The device never holds more than three states: one in each of two buffers, and the state that is being computed.
     """
     numbers, count = 8 << 20, 12
     size = 4 * numbers
@@ -345,7 +345,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(dropout: float, cuda: torch
                 results.append(trained(model, batches, flare.GraphedStep(model, waits)))
         else:
             results.append(trained(model, [on(cuda, batch) for batch in batches], waits))
-    # with dropout too, because replays draw the random numbers that eager steps would draw
+    # this holds with dropout too, because replays draw the random numbers that eager steps would draw
     assert_as_equal_as_eager_runs(results[2], results[0], results[1])
 
 

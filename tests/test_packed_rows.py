@@ -41,7 +41,7 @@ def test_packed_rows_next_to_a_source_are_refused(changes, message, training) ->
         model(**inputs_of("llama", **changes))
     plain = {n: v for n, v in inputs_of("llama", **changes).items() if not n.startswith("source_")}
     if not isinstance(changes.get("attention_mask"), dict):
-        model(**plain)  # without a source, the model decides what to do with them
+        model(**plain)  # without a source, packed rows are left to the model
 
 
 def test_packed_rows_next_to_source_states_are_refused() -> None:
@@ -59,7 +59,7 @@ def test_position_ids_without_a_keyword_are_checked() -> None:
 
 
 def test_consecutive_positions_are_accepted() -> None:
-    """The positions of padding may have any value, before or after the text."""
+    """Padding before or after the text may have any position ids."""
     model, inputs = fused("llama").eval(), inputs_of("llama")
     mask = inputs["attention_mask"]
     counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)

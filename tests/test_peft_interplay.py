@@ -1,4 +1,4 @@
-"""A fusing adapter on a merged English adapter, from a LoRA checkpoint, and next to other adapters."""
+"""Test fusing adapters on a merged English adapter, from a plain LoRA checkpoint, and switched on one model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def text(inputs: dict) -> dict:
 
 @pytest.mark.parametrize("family", QV)
 def test_a_fusing_adapter_trains_on_a_merged_english_adapter(family, tmp_path) -> None:
-    """As in the paper: the fusing adapter is trained on the English model, which also runs the source pass."""
+    """As in the paper, the fusing adapter is trained on the merged model, which also runs the source pass."""
     inputs = tiny.batch(family)
     task = english(family)
     expected = task.eval()(**text(inputs)).logits

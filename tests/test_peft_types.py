@@ -96,7 +96,7 @@ def test_deleting_an_adapter_removes_its_hooks(remaining) -> None:
     assert not torch.equal(model(**tiny.batch("bert")).logits, model(**text()).logits)
 
 
-def test_a_source_after_transformers_delete_is_refused(tmp_path) -> None:
+def test_a_source_is_refused_after_transformers_deleted_the_adapter(tmp_path) -> None:
     flare.fast_lora(tiny.model("bert"), r=4).save_pretrained(tmp_path)
     base = tiny.model("bert").eval()
     expected = base(**text()).logits
@@ -109,7 +109,7 @@ def test_a_source_after_transformers_delete_is_refused(tmp_path) -> None:
         base(**tiny.batch("bert"))
 
 
-def test_adapters_of_another_type_next_to_a_fusing_one_are_refused(tmp_path) -> None:
+def test_adapters_of_another_type_next_to_a_fusing_adapter_are_refused(tmp_path) -> None:
     model = flare.fast_lora(tiny.model("bert"), r=4)
     lora = peft.LoraConfig(r=4, target_modules=QV)
     with pytest.raises(ValueError, match=r"different peft types\. Found FLARE and PeftType\.LORA"):

@@ -3,8 +3,8 @@
 - Plain LoRA (:func:`plain_lora`): no source.
 - Input-level fusion (:func:`input_fusion` with :class:`InputFusionCollator`): plain LoRA on one text of up to 2m
   tokens, the source followed by the target.
-- X-Mixup (:func:`x_mixup`): both texts run through one model, which mixes their hidden states at one block and is also
-  trained with losses that make the two texts agree.
+- X-Mixup (:func:`x_mixup`): both texts run through one model, which mixes their hidden states at one block. Further
+  losses make the predictions and representations of the two texts agree.
 
     model = flare.baselines.plain_lora(model, r=64)
     flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()

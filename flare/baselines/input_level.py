@@ -139,7 +139,7 @@ def input_fusion(
     Args:
         model: a transformers model (modified in place) or a PEFT LoRA model.
         config: a FlareConfig, a peft.LoraConfig or None.
-        max_length: m, the number of tokens of each text. If given, the model must have positions for 2m.
+        max_length: m, the number of tokens of each text. If given, the model must have positions for 2m tokens.
         **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 
     Raises:

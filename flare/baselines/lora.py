@@ -21,7 +21,7 @@ def plain_lora(model: Any, config: peft.LoraConfig | None = None, **overrides: A
         **overrides: fields of FlareConfig, such as ``r``, ``lora_alpha`` or ``target_modules``.
 
     Raises:
-        ValueError: ``fusion`` is not None, or :func:`flare.fast_lora` raises it.
+        ValueError: ``fusion`` is not None, or an error of :func:`flare.fast_lora`.
     """
     from ..tuner.convert import fast_lora
 

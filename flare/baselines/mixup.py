@@ -148,7 +148,7 @@ class XMixupModel(FlareModel):
         raise ValueError("encode_source: X-Mixup reads the source in every forward; pass source_input_ids to the model")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with transformers' ``generate``, mixed with a source prompt if one is given, otherwise plain LoRA.
+        """Generate with transformers' ``generate``. With a source prompt the model mixes; without, it is plain LoRA.
 
         lambda is computed from the prompts, and every new token attends to the source's prompt. This matches training,
         where neither text can read the other's answer.

@@ -1,6 +1,6 @@
-"""X-Mixup's block: its self-attention module runs a second time, to attend from the target's tokens to the source's.
+"""X-Mixup's block: its self-attention module runs a second time, to attend from target tokens to source tokens.
 
-Shapes: B rows, n tokens of the target, m of the source, d the hidden size, h heads, e the width of a head.
+Shapes: B rows, n tokens per target, m tokens per source, d the hidden size, h heads, e the width of a head.
 
 The block's attention module computes queries, keys, values, their positions (RoPE, T5's bias), their norms and the
 output projection. Only the attention function, which transformers looks up by name, is replaced for the second call. No
@@ -229,9 +229,10 @@ def _mix(result: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _attend_again(runtime: MixupRuntime, hidden: Tensor) -> Tensor:
-    """Call the block's attention on the hidden state (B, n, d) after self-attention; return (B, n, d) without residual.
+    """Call the block's attention a second time, on the hidden state (B, n, d) after self-attention.
 
-    In the run on the source, only the keys and values of this call are used, and its result is not.
+    Return the result (B, n, d) without residual. In the run on the source, the result is not used: the call only keeps
+    the keys and values.
     """
     model, place = runtime.model, runtime.place
     attention: Any = model.get_submodule(place.attention)
@@ -277,8 +278,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention function for the second call, as transformers calls it: query (B, h, n, e) -> (B, n, h, e).
 
-    The module's mask and window are those of self-attention on the target and are not used: a target token attends to
-    all visible source tokens.
+    The mask and the window that the module passes belong to self-attention on the target. They are ignored, because a
+    target token attends to all visible source tokens.
     """
     runtime = runtime_of(module)
     streams = runtime.streams
@@ -342,6 +343,6 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _of_rows(x: Tensor | None, rows: int) -> Tensor:
-    """Repeat a tensor of B texts for the rows of a beam search, which runs several per text."""
+    """Repeat a tensor of B texts for the rows of a beam search, which has several rows per text."""
     assert x is not None
     return x if len(x) == rows else x.repeat_interleave(rows // len(x), dim=0)

@@ -37,7 +37,7 @@ NO_SOURCE_LABELS_WARNING = (
 
 
 def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
-    """Install the hooks on the model, before those of flare.source.hooks, which would remove the source arguments."""
+    """Install the hooks on the model, before flare.source.hooks, whose hooks would remove the source arguments."""
     runtime.handles += [
         model.register_forward_pre_hook(_before_model, with_kwargs=True, prepend=True),
         model.register_forward_hook(_after_model, with_kwargs=True),

@@ -34,7 +34,7 @@ class _Bound:
 
     Attributes:
         watch: detects changes of the model.
-        relative: whether shifting a text's positions keeps its states (:func:`counts_relatively`).
+        relative: whether a text keeps its states when all its positions are shifted (:func:`counts_relatively`).
         width_counts: whether the states depend on the padded width of the batch (:func:`needs_width`).
         accepts_types: whether the model takes token types (:func:`accepts_types`).
         plans: set of required states -> the plan of these states.
@@ -82,11 +82,11 @@ class SourceStateCache(Store):
     loop.
 
     Args:
-        budget: total bytes of all tiers, or {tier: bytes}. If one number covers several tiers, each memory tier takes
-            at most half of the free memory.
+        budget: total bytes of all tiers, or {tier: bytes}. If one number covers several tiers, "device" and "host" each
+            take at most half of the memory that is free there.
         tiers: the tiers to use, fastest first: "device", "host" (pinned if there is a GPU), "disk" (only with a
             directory). "auto" measures the time to read and to compute a row in the first two source passes, and uses
-            the tiers that are faster than computing.
+            the tiers from which reading is faster than computing.
         directory: folder of the disk tier's files, created if missing. Several processes may share it. Foreign or
             damaged files in it are reported, not used and not changed.
 
@@ -154,10 +154,11 @@ class SourceStateCache(Store):
             model: the transformers model.
             inputs: keyword arguments of its backbone for the whole batch.
             keys: the states to read.
-            prepare: prepares a state before it is stored (dtype).
+            prepare: casts a state to autocast's dtype (if any), and sets its padding to zero if it has masks, before
+                the state is stored.
             masks: stack -> attention mask (B, m) under source_padding="zero"; otherwise empty.
             decoders: the stacks that read ``decoder_input_ids``.
-            zero_pads: whether padding is neither read nor stored. Default: whether there are masks.
+            zero_pads: True if padding is neither read nor stored. Default: True if ``masks`` is not empty.
             host: CPU copies of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``decoder_input_ids`` and
                 ``decoder_attention_mask``, if the caller has them. The host waits for a copy of each column that is not
                 given here.
@@ -194,8 +195,8 @@ class SourceStateCache(Store):
         Returns:
             States (B, m, d), contiguous and detached, on the model's device; zero at padding under
             source_padding="zero". With ``source_labels`` or ``source_decoder_input_ids`` also the decoder's states
-            (B, u, d). The result is also None if no active adapter reads a source, or if the model's blocks are on
-            several devices.
+            (B, u, d). The result is also None if no active adapter reads a source, if the model's blocks are on
+            several devices, or while tiers="auto" has not chosen the tiers yet.
 
         Raises:
             TypeError, ValueError: the model has no FLARE adapters, the source is missing or has a wrong type or shape,

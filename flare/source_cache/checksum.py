@@ -36,7 +36,7 @@ def _mixed(words: Tensor, weights: Tensor) -> Tensor:
     """Multiply each word by its weight, xor its upper 32 bits into its lower 32 bits, and multiply it again.
 
     This is invertible for each word, and the effect of a bit depends on the word's position. Without the xor, a flip of
-    bit 63 would add 2^63 for every weight, and two such flips would cancel.
+    bit 63 would add 2^63 whatever the weight is, and two such flips would cancel.
     """
     mixed = words * weights
     halves = mixed.view(torch.int32)
@@ -45,7 +45,7 @@ def _mixed(words: Tensor, weights: Tensor) -> Tensor:
 
 
 def _words(data: Tensor) -> Tensor:
-    """Return the bytes of a tensor as int64 words. A tensor without whole, aligned words is copied and zero-padded."""
+    """Return the bytes of a tensor as int64 words; copy and zero-pad them if they are not whole, aligned words."""
     flat = data.detach().contiguous().flatten().view(torch.uint8)
     remainder = flat.numel() % 8
     if remainder or flat.data_ptr() % 8 or flat.storage_offset() % 8:

@@ -1,6 +1,6 @@
 """Compute the fingerprint of a base model: a hash of its frozen weights and its config, on which source states depend.
 
-The fingerprint does not depend on its adapters, its head, or trained copies of its modules.
+The fingerprint does not depend on the model's adapters, on its head, or on trained copies of its modules.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _IGNORED = (
     "use_cache",
     "task_specific_params",
     "torchscript",
-    # The Trainer copies these from the tokenizer into the config. _padding_indices adds the modules' padding_idx.
+    # The Trainer copies these ids from the tokenizer into the config. The fingerprint includes the modules' padding_idx
+    # instead (_padding_indices).
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
@@ -94,7 +95,7 @@ def _config(config: Any) -> str:
 
 
 def _padding_indices(model: nn.Module) -> list[tuple[str, str]]:
-    """Return (class name, padding_idx) of the modules. RoBERTa's embeddings compute positions from it."""
+    """Return (class name, padding_idx) of the modules. RoBERTa's embeddings compute positions from padding_idx."""
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
     indices = ((type(module).__name__, module.__dict__.get("padding_idx")) for module in backbone.modules())
     return sorted({(kind, str(index)) for kind, index in indices if index is not None})

@@ -1,4 +1,6 @@
-"""The device tier and the host tier of a cache. No row is evicted, so rows fill large slabs of memory one by one.
+"""The device tier and the host tier of a cache.
+
+A tier allocates large blocks of memory (slabs) and fills them row after row, because no row is evicted.
 
 A row is one text of a batch. Its entry holds the states of the row as bytes.
 """

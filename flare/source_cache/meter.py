@@ -64,8 +64,11 @@ class Meter:
 
     rows: int = 0
     hits: int = 0
-    _all: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and rows of all passes
-    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # the same for passes that computed all rows
+    #: Seconds and rows, summed over all passes.
+    _all: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    #: Seconds and rows, summed over the passes that computed all their rows.
+    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    #: Seconds of work that only filled the cache.
     _storing: float = 0.0
     _open: list[_Span] = field(default_factory=list)
 
@@ -101,6 +104,7 @@ class Meter:
         return max(seconds - self._storing, 0.0) / rows * self._all[1] - self._all[0]
 
     def _settle(self, wait: bool) -> None:
+        """Add the passes that have ended to the sums; with ``wait``, first wait for the device to end all passes."""
         unfinished = []
         for span in self._open:
             seconds = _between(span.begin, span.end, wait)

@@ -26,8 +26,8 @@ from .store import Store
 #: Largest number of rows whose padded width is remembered, to detect texts that come again with another width.
 _REMEMBERED_ROWS = 100_000
 _OTHER_WIDTH = (
-    "source texts that were read before now come padded to another width. With source_padding='keep' the padded width "
-    "is part of a row's key, so these texts are computed again. Pad every batch to one length "
+    "some source texts are padded to another width than in an earlier batch. With source_padding='keep' the padded "
+    "width is part of a row's key, so these texts are computed again. Pad every batch to one length "
     "(FlareDataCollator(padding='max_length', max_length=...)), or use fast_lora(..., source_padding='zero'), for "
     "which the keys do not include the width"
 )
@@ -106,9 +106,12 @@ def _buffers(batch: Batch, sample: Entry, device: torch.device) -> dict[str, Ten
 
 
 def _fill(buffers: dict[str, Tensor], batch: Batch, entries: list[tuple[int, Entry]]) -> None:
-    """Copy (index in the batch, entry) pairs into the buffers, with one call for all rows without gaps in the mask.
+    """Copy entries into the buffers. One call copies all rows whose mask has no gaps.
 
-    An entry holds all states of a stack next to each other.
+    Args:
+        buffers: stack -> buffer (number of states, B, m, d).
+        batch: the texts.
+        entries: (index in the batch, entry) pairs. An entry holds all states of a stack next to each other.
     """
     targets, sources = [], []
     for index, entry in entries:
@@ -132,12 +135,12 @@ def _fill(buffers: dict[str, Tensor], batch: Batch, entries: list[tuple[int, Ent
 
 
 class _CopyStream:
-    """Stream on which a device receives rows from the host, ahead of the computing stream.
+    """Stream that copies rows from the host to a device, while another stream computes.
 
-    Buffers are allocated on this stream, so a copy does not wait for computations that use older memory. record_stream
-    tells the allocator about the computing stream. The allocator then frees a buffer only when the host sees that the
-    device is done with it, so a host that runs far ahead of the device would fill the memory. The host therefore stays
-    at most two reads ahead of the device.
+    Buffers are allocated on this stream, so a copy never waits until the computing stream has finished with older
+    memory. A buffer is freed only when the device has finished the computations that read it (``record_stream``). If
+    the host queued many reads before the device ran them, their buffers would fill the memory. The host therefore
+    waits when it is two reads ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -186,8 +189,9 @@ class CachedReader:
         """Return all states if every row is cached. If the result is None, call the reader instead.
 
         Returns:
-            StateKey -> state (B, m, d), contiguous, zero at positions that are not stored, in the order in which a
-            visitor would get them. None if a row is not cached, or if the model's blocks are on several devices.
+            StateKey -> state (B, m, d), contiguous, zero at positions that are not stored, in the order in which the
+            model computes them. None if a row is not cached, if the model's blocks are on several devices, or while
+            tiers="auto" has not chosen the tiers yet.
         """
         states = read(self.cache, self.batch)
         if states is not None:

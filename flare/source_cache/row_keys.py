@@ -1,9 +1,9 @@
 """Compute the cache keys of a batch's rows, and which positions of each row are stored. A row is one text of a batch.
 
 With source_padding="keep" a row's key covers all inputs of the frozen model: ids, mask and token types over the padded
-width. With "zero" no adapter reads padding, and tokens do not attend to it, so the key ends at the last token. The
-key starts at the first token if the model's positions are relative (rotary embeddings, T5's bias). Otherwise it starts
-at position 0, because learned position embeddings depend on the absolute position.
+width. With "zero" no adapter reads padding, and tokens do not attend to it, so the key covers the inputs only up to
+the last token. These start at the first token if the model's positions are relative (rotary embeddings, T5's bias), and
+otherwise at position 0, because learned position embeddings depend on the absolute position.
 
 A stack is the list of blocks of a decoder-only model, of an encoder, or of a decoder.
 """
@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         key: hash of all inputs that the row's states depend on.
-        positions: stack -> the positions in this batch that are stored.
+        positions: stack -> the stored positions: a slice, or a tensor of indices if the mask has gaps.
         lengths: stack -> number of stored positions.
     """
 
@@ -65,7 +65,7 @@ class TextColumns:
 
 @dataclass(frozen=True)
 class Plan:
-    """The required states, and what follows from them for every batch.
+    """The required states, and facts about them that are the same for every batch.
 
     Attributes:
         keys: names of the states, in the order in which an entry stores them.
@@ -93,7 +93,8 @@ class Plan:
         devices = {device_of(model, key) for key in keys}
         return cls(
             keys,
-            tuple(sorted(keys, key=lambda key: (key.stack in decoders, key))),  # dropout masks are drawn in this order
+            # the decoder comes last, as in the forward pass; dropout masks are drawn in this order
+            tuple(sorted(keys, key=lambda key: (key.stack in decoders, key))),
             dict(stacks),
             tuple(stack for stack in stacks if stack not in decoders),
             tuple(stack for stack in stacks if stack in decoders),

@@ -20,7 +20,7 @@ from .store import Store, Tier
 class RowWriter:
     """Writes the rows that one source pass computes.
 
-    It reserves memory for each row when it gets the first state, and then copies one state after another into it.
+    At the first state, the writer reserves memory for every row. It then copies one state after another.
 
     Args:
         cache: the cache.
@@ -103,7 +103,7 @@ class RowWriter:
 class TrialClock:
     """Measures the time of a source pass without the time inside ``with clock`` blocks, which store and use states.
 
-    Each time is taken after waiting for the device, so :meth:`seconds` is the time of the computation alone.
+    The clock waits for the device before it reads the time, so a kernel's time counts where the kernel was launched.
     """
 
     def __init__(self, device: torch.device) -> None:

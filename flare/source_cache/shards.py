@@ -45,6 +45,7 @@ FORMAT = f"{_FORMATS}2"
 PREFIX, SUFFIX, UNFINISHED = "source-states-", ".safetensors", ".unfinished"
 #: Estimated bytes of the header per entry.
 HEADER = 384
+#: Bytes of waiting rows at which a shard is written.
 _SHARD = 256 << 20
 #: Largest number of files that stay mapped (and open).
 _MAPPED = 64
@@ -131,7 +132,7 @@ class DiskTier:
 
     Args:
         directory: folder of the shards.
-        budget: bytes of all shards of this base model in the directory, including those of other processes.
+        budget: bytes of all shards of this base model in the directory, including the shards of other processes.
         warn_once: warns the user, once per message.
     """
 
@@ -235,7 +236,7 @@ class DiskTier:
             except RuntimeError as error:
                 self.full = self.full or str(error).splitlines()[0]
                 self._warn_once(
-                    f"no memory to write to {self.directory}, because the rows to write wait in host memory "
+                    f"no memory to write to {self.directory}: rows need host memory until they are written "
                     f"({self.full}); stored rows are read, and all other rows are computed in every epoch"
                 )
                 return None

@@ -106,7 +106,7 @@ class Store:
         changed = [name for name, value in traits.items() if name in self._traits and self._traits[name] != value]
         if changed:
             raise ValueError(
-                f"source_cache holds states of this base model from before its {changed[0].strip('.')} was changed "
+                f"source_cache holds states computed before this base model's {changed[0].strip('.')} was changed "
                 f"(number of changed attributes: {len(changed)}); make a new SourceStateCache for the changed model, "
                 "with another directory"
             )
@@ -145,6 +145,7 @@ class Store:
         return None
 
     def _promoted(self, key: str, entry: Entry, holder: Tier) -> Entry:
+        """Return the entry. If it is on disk and a memory tier has room, copy it there first."""
         if isinstance(holder, DiskTier) and entry.data.numel() and entry.ready is None:
             for tier in self._tiers[: self._tiers.index(holder)]:
                 buffer = tier.reserve(entry.data.numel(), self.device, self._left)
@@ -269,12 +270,13 @@ class Store:
 
     def summary(self) -> str:
         """Return the statistics as one line of text."""
-        now = self.stats()
-        held = ", ".join(f"{name} {now.entries[name]} rows {readable(now.nbytes[name])}" for name in self.tiers)
+        stats = self.stats()
+        per_tier = ", ".join(f"{name} {stats.entries[name]} rows {readable(stats.nbytes[name])}" for name in self.tiers)
         saved = "time saved not known (no pass computed all its rows)"
-        if now.seconds_saved is not None:
-            saved = f"{round(now.seconds_saved, 1) + 0.0} s saved"  # no -0.0
-        text = f"source_cache: {now.hits} of {now.rows} rows read ({now.hit_rate:.1%}), {saved}; {held or 'no tier'}"
+        if stats.seconds_saved is not None:
+            saved = f"{round(stats.seconds_saved, 1) + 0.0} s saved"  # no -0.0
+        hits = f"{stats.hits} of {stats.rows} rows read ({stats.hit_rate:.1%})"
+        text = f"source_cache: {hits}, {saved}; {per_tier or 'no tier'}"
         return f"{text}; {self._decided}" if self.decisions else text
 
     def warn_once(self, message: str) -> None:

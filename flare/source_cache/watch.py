@@ -1,7 +1,7 @@
 """Detect changes of a base model after its fingerprint was computed. This is checked before every source pass.
 
-To be fast, the check compares flat lists, which are made once, with functions that run in C. It compares the identity
-of every object on the path to a weight, and each weight's address, version and ``requires_grad``. If something differs,
+To be fast, the check uses flat lists that are made once, and functions that run in C. It compares the identity of every
+object on the path to a weight, and each weight's address, version and ``requires_grad``. If something differs,
 the modules are traversed again to see what changed.
 """
 
@@ -33,8 +33,8 @@ class Watch:
     Attributes:
         stamp: a value to compare two snapshots. It is equal if the weights are the same objects, and the weights, the
             config and the traits did not change between the snapshots.
-        traits: name -> another value that the modules' code reads: a plain attribute, or the checksum of a buffer that
-            is not saved with the model. Copies of a model in one process have equal traits.
+        traits: name -> value of a plain attribute that the modules' code reads, or the dtype and checksum of a buffer
+            that is not saved with the model. Copies of a model in one process have equal traits.
 
     Raises:
         ValueError: the weights cannot be cached; see FrozenWeights.

@@ -107,7 +107,7 @@ class FrozenWeights:
     def _scales(self, module: nn.Module, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of a quantised weight's tensors that are not parameters."""
         state: Any = getattr(parameter, "quant_state", None)
-        # not with quant_state.as_dict(), which would copy one of the tensors and wait for the device
+        # quant_state.as_dict() is not used, because it copies one of the tensors and waits for the device
         nested = getattr(state, "state2", None)
         for holder, attributes in (
             (parameter if state is not None else None, ("quant_state",)),

@@ -84,7 +84,7 @@ def unsupported_batch(model: nn.Module, inputs: Mapping[str, Any]) -> str | None
     if "position_ids" in inputs and "attention_mask" not in inputs:
         return "position_ids are given without an attention_mask, so transformers checks their values for packed texts"
     if "position_ids" in inputs and any(name in inputs for name in ("source_input_ids", "source_states")):
-        return "position_ids with a source are checked for packed texts on the host"
+        return "position_ids with a source are checked for packed texts on the host, which a capture cannot do"
     if "source_input_ids" in inputs:
         settings = {getattr(config, "source_memory", None) for config in _active_configs(model)}
         for memory in ("recompute", "offload"):
@@ -109,12 +109,12 @@ def _active_configs(model: nn.Module) -> list[Any]:
 def without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch without masks of ones, so that attention uses the same kernel in eager and captured steps.
 
-    Transformers drops such a mask itself in eager mode, but cannot read masks during capture. Reading masks on a
-    device waits for the device; all masks are read together.
+    Transformers drops such a mask itself in eager mode, but cannot read masks during capture. Reading a mask on a
+    device waits for the device, so all masks are read together.
     """
     masks = {name: inputs[name] for name in MASKS if isinstance(inputs.get(name), Tensor) and inputs[name].dim() == 2}
     if "position_ids" in inputs:
-        masks.pop("attention_mask", None)  # without a mask transformers checks position_ids for packed texts
+        masks.pop("attention_mask", None)  # stays: without it, transformers checks position_ids for packed texts
     full = torch.stack([mask.bool().all() for mask in masks.values()]).tolist() if masks else []
     dropped = {name for name, is_full in zip(masks, full, strict=True) if is_full}
     return {name: value for name, value in inputs.items() if name not in dropped}

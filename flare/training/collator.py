@@ -2,7 +2,7 @@
 
 Element-wise fusion pairs position j of the target with position j of the source, so both texts are padded to ONE width.
 For causal language models, the answers of both texts also start at the same index. (The authors' release aligns the end
-of a source prompt with the end of the target's answer, which shifts the prompts by the length of the answer.)
+of a source prompt with the end of the target's answer, which shifts the two prompts against each other.)
 
 Shapes: B rows, m the common width of both texts, u the common width of decoder sequences.
 """
@@ -102,9 +102,9 @@ class FlareDataCollator:
             "seq2seq" yourself, because the labels of an encoder-decoder can happen to be as long as its inputs.
         require_source: False accepts rows without ``source_input_ids`` and makes a batch without a source from them.
         label_pad_token_id: the value of padding in labels.
-        widths: the smallest numbers of columns of every batch, as a tuple: before the aligned index, from the aligned
-            index on, and of the decoder's sequences. The aligned index is where answers start, or where texts end if
-            they are padded on the left. :meth:`fitted` computes them.
+        widths: three numbers of columns that every batch has at least: before the aligned index, from the aligned index
+            on, and in the decoder's sequences. The aligned index is where answers start, or where texts end if they are
+            padded on the left. :meth:`fitted` computes the numbers.
         vocab_size: a token id at or above this number raises an error. FlareTrainer sets it to the model's number of
             embeddings.
         model: for layout "seq2seq": the model that makes ``decoder_input_ids`` from the labels, as in

@@ -33,7 +33,7 @@ class Recorder(Protocol):
     """Interface that GraphedStep records with. The tests have an implementation for the CPU."""
 
     def stream(self) -> AbstractContextManager[None]:
-        """Run the ``with`` block on the recorder's stream, between earlier and later work of the current stream."""
+        """Run the block on the recorder's stream, after earlier and before later work of the current stream."""
 
     def capture(self, run: Callable[[], Tensor]) -> Recording:
         """Record ``run`` without running its kernels; called inside :meth:`stream`.

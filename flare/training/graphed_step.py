@@ -59,10 +59,10 @@ class GraphedStep:
     Accumulation, clipping, the optimizer and its schedule stay outside, and may set gradients to None. A step that
     cannot be captured runs eagerly, with one warning per reason.
 
-    A replay repeats what was captured. Every call therefore selects the graph by the shapes of the batch, by which
-    texts have padding, and by autocast's dtype. All graphs are dropped if one of these has changed: training mode, the
-    addresses of the model's tensors, the active adapters and their scalings, or hooks. Call :meth:`reset` after any
-    other change to what the step's Python code does, such as a dropout probability or a fusion.
+    A replay repeats what was captured. Every call therefore selects the graph by the shapes of the batch, by
+    whether target and source have padding, and by autocast's dtype. All graphs are dropped if one of these has changed:
+    training mode, the addresses of the model's tensors, the active adapters and their scalings, or hooks. Call
+    :meth:`reset` after any other change to what the step's Python code does, such as a dropout probability or a fusion.
 
     Masks of ones are left out of the batch, so that attention uses the same kernel as in eager steps. Pass batches on
     the host, because reading a mask on the device waits for the device.
@@ -214,7 +214,7 @@ class GraphedStep:
                 reason = _described(error)
                 self._drop_graphs()
             if any(parameter.grad is not grad for parameter, grad in zip(parameters, grads, strict=True)):
-                reason = reason or "a parameter got a gradient that had none in the eager steps of this shape"
+                reason = reason or "a parameter without a gradient in the eager steps of this shape now got one"
                 for parameter, grad in zip(parameters, grads, strict=True):
                     parameter.grad = grad
         if random.getstate() != host_random[1] or not torch.equal(torch.get_rng_state(), host_random[0]):

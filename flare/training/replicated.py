@@ -59,7 +59,7 @@ _MARK = "_flare_replicated"
 
 
 class _GradientAverage:
-    """Hook that averages the gradients over all ranks at the end of a backward pass: one all-reduce per dtype."""
+    """Hook that averages the gradients over all ranks after a backward pass, with one all-reduce per dtype."""
 
     def __init__(self, model: nn.Module, trained: list[nn.Parameter]) -> None:
         self.model, self.trained = model, trained
@@ -91,8 +91,8 @@ def exclude_adapters_from_fsdp(model: nn.Module, plugin: Any) -> None:
 
     Args:
         model: a model with adapters, not prepared by accelerate yet.
-        plugin: accelerate's FullyShardedDataParallelPlugin. This sets its ``ignored_modules``, and also
-            ``transformer_cls_names_to_wrap`` if that is None.
+        plugin: accelerate's FullyShardedDataParallelPlugin. Its ``ignored_modules`` are set, and also its
+            ``transformer_cls_names_to_wrap`` if this is None.
 
     Raises:
         ValueError: the base is quantised to 8 bits, and FSDP2 would lose its scales.

@@ -115,9 +115,9 @@ def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
         )
     differing = {}
     for kind in _SPECIAL:
-        theirs = _ids_of(model, kind)
-        if theirs and ids[kind] is not None and ids[kind] not in theirs:
-            differing[kind] = f"{ids[kind]} (the model has {', '.join(map(str, theirs))})"
+        model_ids = _ids_of(model, kind)
+        if model_ids and ids[kind] is not None and ids[kind] not in model_ids:
+            differing[kind] = f"{ids[kind]} (the model has {', '.join(map(str, model_ids))})"
     if not differing:
         return None
     return (
@@ -153,8 +153,8 @@ def _ids_of(model: Any, kind: str) -> list[int]:
     """Return the ids that a model's configurations accept as its pad, bos or eos token."""
     ids: list[int] = []
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        theirs = getattr(config, f"{kind}_token_id", None)
-        ids += theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+        value = getattr(config, f"{kind}_token_id", None)
+        ids += value if isinstance(value, list) else [] if value is None else [value]
     return list(dict.fromkeys(ids))
 
 

@@ -51,7 +51,7 @@ _compat.check_trainer(Trainer)
 
 
 class SourceTokens(TrainerCallback, ExportableState):
-    """Callback that saves the number of source tokens seen so far in checkpoints. TrainerState has no such field."""
+    """Callback that holds the count of source tokens and saves it in checkpoints. TrainerState has no such field."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -92,7 +92,7 @@ class SourceCacheCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.cache.flush()
         if state.is_world_process_zero:
-            print(self.cache.summary())  # as the Trainer prints its logs
+            print(self.cache.summary())  # printed, because the Trainer prints its logs too
 
 
 class FlareTrainer(Trainer):
@@ -195,7 +195,10 @@ class FlareTrainer(Trainer):
         )
 
     def _log_cache(self, logs: dict[str, float]) -> None:
-        """Add the cache's size and hit rate: since the previous log or, in the last log, since the run started."""
+        """Add the cache's size and hit rate to the logs.
+
+        The rate counts rows since the previous log. In the last log it counts all rows of the run.
+        """
         if self.source_cache is None or any(k.endswith("_runtime") and k != "train_runtime" for k in logs):
             return
         stats = self.source_cache.stats()
@@ -234,7 +237,7 @@ class FlareTrainer(Trainer):
         name = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, name)), None)
         if name is not None and self.source_cache is not None:
             self.source_cache.warn_once(
-                f"the cache is not used in this evaluation, because {name} casts the base model whose states it holds"
+                f"the cache is not used in this evaluation, because {name} casts the base model"
             )
             self.model.set_source_cache(None)
 
@@ -258,16 +261,17 @@ class FlareTrainer(Trainer):
         listed = isinstance(data, list) or (names is not None and hasattr(data, "__getitem__"))
         row: Any = data[0] if listed and len(data) else {}
         self._set_signature_columns_if_needed()
-        kept = _compat.signature_columns(self)
+        read_columns = _compat.signature_columns(self)
         for name in names or (row if isinstance(row, Mapping) else ()):
             value = row.get(name) if isinstance(row, Mapping) else None
-            near = did_you_mean(name, [column for column in kept if column.startswith("source_")])
-            many = isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0)
-            per_token = many and len(value) and not isinstance(value[0], str)  # type: ignore[arg-type,index]
-            if name.startswith("source_") and name not in kept and (near or (per_token and not isinstance(value, str))):
+            suggestion = did_you_mean(name, [column for column in read_columns if column.startswith("source_")])
+            is_sequence = isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0)
+            per_token = is_sequence and len(value) and not isinstance(value[0], str)  # type: ignore[arg-type,index]
+            looks_like_input = suggestion or (per_token and not isinstance(value, str))
+            if name.startswith("source_") and name not in read_columns and looks_like_input:
                 raise ValueError(
-                    f"the data set's column {name!r} is not read, and remove_unused_columns would drop it{near or ';'} "
-                    "rename it, or remove it from the data set"
+                    f"the data set's column {name!r} is not read, and remove_unused_columns would drop it"
+                    f"{suggestion or ';'} rename it, or remove it from the data set"
                 )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -333,7 +337,7 @@ class FlareTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Return the micro-batches of one step, and the number of items that their loss is the mean of.
+        """Return the micro-batches of one step, and the number of items over which their loss is averaged.
 
         The items are labelled tokens or rows. For question answering, they are rows.
         """
@@ -354,8 +358,8 @@ class FlareTrainer(Trainer):
     ) -> Any:
         """Return the micro-batch's share of the mean loss over the whole accumulated batch.
 
-        A model that uses ``num_items_in_batch`` gets the micro-batch's own number, so that every model returns the mean
-        over the micro-batch. This mean is weighted by (items in the micro-batch) / (items in the batch).
+        A model that uses ``num_items_in_batch`` gets the micro-batch's number of items, so that every model returns the
+        mean over the micro-batch. This mean is weighted by (items in the micro-batch) / (items in the batch).
         """
         items = self._items(inputs) if num_items_in_batch is not None and self._normalises() else None
         if items is None or num_items_in_batch is None:
@@ -387,7 +391,7 @@ class FlareTrainer(Trainer):
 
     @property
     def num_source_input_tokens_seen(self) -> int:
-        """Source tokens read so far, counted by ``include_num_input_tokens_seen`` ("no": not counted, 0)."""
+        """Number of source tokens read so far, or 0 if ``include_num_input_tokens_seen`` is "no"."""
         return self._source_tokens().seen
 
     def _source_tokens(self) -> SourceTokens:
@@ -407,7 +411,7 @@ class FlareTrainer(Trainer):
         self.state.num_input_tokens_seen += seen
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Return Trainer's estimate for the target (6 per parameter and token) plus 2 for the source's forward pass."""
+        """Return Trainer's estimate for the target, plus 2 FLOPs per parameter and source token for the source pass."""
         operations: int = super().floating_point_ops(inputs)
         ids = inputs.get("source_input_ids")
         if ids is not None and hasattr(self.model, "num_parameters"):
