@@ -107,9 +107,9 @@ def check_data(
     Args:
         target, source: names of the languages.
         splits: split -> its pairs.
-        notes: notes of `load_pairs` about them.
+        notes: notes of `load_pairs` about the pairs.
         setup: tokenizer, form and maximum length.
-        shown: number of training pairs to copy into `examples`, from the start.
+        shown: the first `shown` training pairs are copied into `examples`.
     """
     task = setup.form.task
     check = DataCheck(target, {split: len(pairs) for split, pairs in splits.items()}, list(notes))

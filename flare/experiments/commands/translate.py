@@ -99,7 +99,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(config: Path | None = None, **options: Any) -> None:
-    """Run `flare translate` with the given options; the options of `config` come first, and flags override them."""
+    """Run `flare translate` with the options of the YAML file `config` and the flags, which override the file."""
     from ..translation import TranslateSettings, run_translate
 
     if config is not None:

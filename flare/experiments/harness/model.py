@@ -1,6 +1,6 @@
 """FlareLM extends HFLM (lm-evaluation-harness's class for transformers models) for adapters that fuse two texts.
 
-Such an adapter reads the prompt of a request and a source prompt, which is the prompt in English, for example.
+Such an adapter reads the prompt of a request together with a source prompt, such as the same prompt in English.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from .activations import INSTANCES, Activations, Instance, RowCollector
 
 @dataclass
 class _Recorded:
-    """Activations of one layer by position: its fusion function, and its rows of the source (S) and target (T)."""
+    """The name of one layer's fusion function, and the layer's S and T of every row, by position."""
 
     fusion: str = ""
     S: RowCollector = field(default_factory=RowCollector)
@@ -60,7 +60,7 @@ def measure_bottleneck(
         def record(module: FlareLayer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x, slot = arguments[0] if arguments else keywords["x"], THREAD.slot
             if slot.met is not None and module in slot.met:
-                return  # a second call in the same block reads something other than tokens (flare.source.carrier)
+                return  # in a second call in the same block, the input is not a text (flare.source.carrier)
             for adapter in module.active_here():
                 fusion, x_source, S = module.source_of(adapter, slot.context)
                 if fusion is None:
@@ -113,7 +113,7 @@ def measure_bottleneck(
 
 
 def _first_query(names: Sequence[str]) -> str | None:
-    """Return the name of the first query projection: the first whose last part is query, q_proj, q, Wqkv or similar."""
+    """Return the first name whose last part is that of a query projection: query, q_proj, q, Wqkv or similar."""
     return next((name for name in names if re.fullmatch(r"(w?q.*|c_attn)", name.rpartition(".")[2].lower())), None)
 
 
@@ -139,7 +139,7 @@ def _rows_of(value: Tensor, mask: Tensor | None) -> list[Any]:
 
 
 def _token_ids(batch: Any) -> list[dict[str, list[int]]]:
-    """Return the token ids of both streams of each row, without padding."""
+    """Return, for each row of a batch, stream ("target", "source") -> its token ids, without padding."""
     streams = {}
     for stream, prefix in (("target", ""), ("source", "source_")):
         if f"{prefix}input_ids" in batch:

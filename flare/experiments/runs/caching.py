@@ -1,4 +1,7 @@
-"""Decide before a run whether to cache its source states between epochs (`--source-cache`)."""
+"""Decide before a run whether to cache its source states between epochs (`--source-cache`).
+
+Source states are the hidden states of the source texts in the frozen model, which an adapter fuses.
+"""
 
 from __future__ import annotations
 

@@ -51,13 +51,13 @@ class ExperimentTrainer(FlareTrainer):
         self.add_callback(self.losses)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a training step and add its loss for ``train_loss``."""
+        """Run a training step, and add its loss to the sum from which ``train_loss`` is computed."""
         loss = super().training_step(*args, **kwargs)
         self.losses.add(loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as FlareTrainer does, with a final ``train_loss`` that includes the steps before a resume."""
+        """Log the values. After a resume, the final ``train_loss`` also includes the steps before the resume."""
         if "train_loss" in logs and self.losses.resumed:
             logs["train_loss"] = self.losses.mean(self.state.global_step)
         super().log(logs, start_time)
@@ -76,7 +76,7 @@ class ExperimentTrainer(FlareTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.has_source is None:
             return super()._get_train_sampler(train_dataset)
-        # of the batches that the processes compute at the same time, all must have a source, or none
+        # the batches that the processes compute at the same time must either all have a source or all lack one
         return OneKindSampler(self.has_source, self.args.per_device_train_batch_size * process_count(), self.args.seed)
 
 
@@ -150,9 +150,9 @@ def batch_size(values: Mapping[str, Any]) -> int:
 def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
     """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same rows for any number of processes. The batch size is kept if possible, because it fits the memory
-    of one process: with more processes, each computes fewer batches per step. Only if this is not enough, its batches
-    become smaller.
+    A step has the same rows for any number of processes. With more processes, each process computes fewer batches per
+    step. The batches become smaller only if the rows could not be shared equally otherwise. They never become larger,
+    because then they might not fit the memory of one process.
 
     Args:
         values: result of :func:`training_values`, for a single process.
