@@ -1,4 +1,4 @@
-"""Test recipes: one name or YAML file gives a prepared, quantised base with fusing adapters that train and reload."""
+"""Test recipes. A recipe, given by its name or as a YAML file, loads and quantises a base and adds fusing adapters."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ needs_bnb = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Save a tiny Llama and a tokenizer without a pad token for each task."""
+    """Return task -> folder with a tiny Llama for the task, and a tokenizer without a pad token."""
     folders = {}
-    for task, made in CLASSES.items():
+    for task, model_class in CLASSES.items():
         folders[task] = tmp_path_factory.mktemp(task)
         torch.manual_seed(0)
-        made(tiny.config("llama", hidden_size=64, intermediate_size=64, num_labels=3)).save_pretrained(folders[task])
+        config = tiny.config("llama", hidden_size=64, intermediate_size=64, num_labels=3)
+        model_class(config).save_pretrained(folders[task])
         word_tokenizer = tokenizer(pad=False)
         word_tokenizer.eos_token = "[SEP]"
         word_tokenizer.save_pretrained(folders[task])

@@ -24,6 +24,7 @@ REASON = "generate: source and target do not share a pass"
 
 
 def executions(model: Any, inputs: dict, **options: Any) -> int:
+    """Return how often blocks of the model run while it generates three tokens."""
     with count_calls(tiny.block_list(model.get_base_model())) as calls:
         generated(model, inputs, 3, **options)
     return calls.total

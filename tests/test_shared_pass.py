@@ -1,7 +1,7 @@
-"""Test decoding with one shared pass for source and target, which gives the same numbers and halves the weight reads.
+"""Test decoding in which one shared pass runs source and target in one batch, so each weight is read once per token.
 
-A shared pass needs ``source_layer_offset=0``. It is compared with ``source_pass="separate"``, which
-tests/test_generation.py compares with a forward pass without a KV cache.
+A shared pass needs ``source_layer_offset=0``. Its results are compared with those of two passes
+(``source_pass="separate"``), which tests/test_generation.py compares with a forward pass without a KV cache.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_sliding_windows_match_two_passes(name) -> None:
 
 
 class _WeightReads(TorchDispatchMode):
-    """Count the products of each frozen weight."""
+    """Count the matrix products that read each frozen weight."""
 
     def __init__(self, weights: dict[int, str]) -> None:
         super().__init__()
@@ -221,8 +221,8 @@ def test_hidden_states_and_attentions_have_the_targets_rows() -> None:
 def test_generation_continues_from_a_cache() -> None:
     """Continue token by token, and with two tokens in one call.
 
-    The KV cache holds the rows of the target and of the source. A call with several tokens splits it, and the next call
-    joins it again.
+    The KV cache holds the target's three rows and the source's three rows. A call with several tokens moves the
+    source's rows out of it, and the next call with one token moves them back.
     """
     model, inputs = zero_offset(), prompts()
     sequences, logits = generated(model, inputs, 7, source_pass="separate")

@@ -36,6 +36,7 @@ def test_a_full_cache_keeps_its_rows(tier, tmp_path) -> None:
 
 
 def test_pinned_slabs_are_powers_of_two_within_the_budget() -> None:
+    """A slab is an allocation for several rows. size: bytes of a row; left: bytes that are left in the budget."""
     for size, left, expected in [
         (MB, 1 << 40, 64 * MB),
         (100 * MB, 1 << 40, 512 * MB),  # room for five rows, 12 MB are not used

@@ -52,7 +52,7 @@ def assert_same(actual, expected) -> None:
 
 
 def assert_close(actual, expected) -> None:
-    """Compare gradients that are sums over several forward passes. Each mode has another order, so roundings differ."""
+    """Compare gradients that are sums over several forward passes. Each mode adds (and rounds) in another order."""
     assert actual.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name], grad, msg=name)
@@ -79,7 +79,10 @@ def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("offload_anywhere")
 def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options: dict) -> None:
-    """They are equal bit for bit, also with non-reentrant checkpointing. After two forward passes, rounding differs."""
+    """After one forward pass, gradients are equal bit for bit, also with non-reentrant checkpointing.
+
+    The sums of the gradients of two forward passes are equal up to rounding.
+    """
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options), model_of(family, memory, **options)
     for model in (keep, other):
@@ -95,7 +98,7 @@ def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options:
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
 @pytest.mark.usefixtures("offload_anywhere")
 def test_the_second_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
-    """Backward runs outside of autocast. The states that it computes equal those of forward bit for bit."""
+    """Backward runs outside of autocast. The states that backward computes again still equal forward's bit for bit."""
     seen: list[list[torch.Tensor]] = []
     plain = Preparation.__call__
 
@@ -167,7 +170,7 @@ def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypat
 
 @pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
 def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: str, monkeypatch) -> None:
-    """At most two states exist at any time, for the prompt and for new tokens. Kept tensors have the width of the rank.
+    """At most two states exist at any time, for the prompt and for new tokens. From token to token, only S is kept.
 
     With offset 0 the embeddings are a state too. They are not counted, because transformers' forward keeps them anyway.
     """
@@ -289,7 +292,7 @@ def test_padding_is_neither_kept_nor_read(monkeypatch) -> None:
     # token ids at padding have no effect
     changed = {**inputs, "source_input_ids": torch.where(mask == 0, 5, inputs["source_input_ids"])}
     assert_same(gradients(model, changed), actual)
-    # rows without padding give the same as "keep"
+    # without padding, source_padding="zero" and "keep" give the same gradients
     inputs["source_attention_mask"] = torch.ones_like(mask)
     assert_same(gradients(model, inputs), gradients(model_of("llama", "keep"), inputs))
 

@@ -106,7 +106,7 @@ def test_a_step_is_checked_at_full_size_with_the_initial_adapters(monkeypatch: p
         variants["flare"].check()
 
 
-def test_a_row_whose_check_raises_cannot_run_is_skipped() -> None:
+def test_a_row_that_cannot_run_is_skipped() -> None:
     cases, timing = module("cases"), module("timing")
 
     def too_large() -> None:
@@ -180,7 +180,7 @@ def test_the_main_grid_has_the_rows_that_the_summary_reads() -> None:
 
 @pytest.fixture
 def recorded() -> dict[str, Any]:
-    """Return a few rows of a CPU run."""
+    """Return the results of a benchmark run on a CPU, with a few rows."""
     result: dict[str, Any] = module("results").load(Path(__file__).with_name("recorded_benchmarks.json"))
     return result
 

@@ -93,7 +93,7 @@ def test_accumulation_gives_the_gradient_of_the_large_batch(family: str, tmp_pat
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "xlmr", "llama-classes", "mt5"])
 def test_stock_trainer_gradients_of_four_micro_batches_are_four_times_too_large(family: str, tmp_path: Path):
-    """If this test fails, transformers scales accumulated gradients correctly, and FlareTrainer may not need to."""
+    """If this test fails, transformers scales accumulated gradients correctly, and FlareTrainer need not scale them."""
     data = rows(family, 8, source=False)  # micro-batches of equal sizes, so that only the scale differs
     whole, _ = gradients(Trainer, lora(family), data, tmp_path, micro=8, steps=1)
     parts, _ = gradients(Trainer, lora(family), data, tmp_path, micro=2, steps=4)
