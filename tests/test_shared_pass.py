@@ -1,6 +1,7 @@
 """Test decoding in which one shared pass runs source and target in one batch, so each weight is read once per token.
 
-A shared pass needs ``source_layer_offset=0``. Its results are compared with those of two passes
+During generation, the frozen model continues the source text while the adapted model continues the target text
+(docs/generation.md). A shared pass needs ``source_layer_offset=0``. Its results are compared with those of two passes
 (``source_pass="separate"``), which tests/test_generation.py compares with a forward pass without a KV cache.
 """
 
@@ -122,7 +123,7 @@ def test_beam_search_matches_two_passes(sample) -> None:
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_ended_source_stays_at_its_end_token(padded) -> None:
+def test_a_source_that_has_ended_keeps_the_state_of_its_end_token(padded) -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING, pads=padded)
     ends = ends_of(model, inputs, 7)
     without_end = generated(model, inputs, 7)[1]
@@ -130,7 +131,7 @@ def test_ended_source_stays_at_its_end_token(padded) -> None:
     assert not torch.allclose(results["shared"][1][0], without_end[0], atol=1e-4), "the end token made no difference"
 
 
-def test_sources_leave_the_batch_when_all_have_ended() -> None:
+def test_sources_leave_the_batch_when_all_of_them_have_ended() -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING)
     ends = source_text(model, inputs, 2, [])[:, -1].tolist()  # every row ends with its second token
     options = {"eos_token_id": ends, "min_new_tokens": 6}

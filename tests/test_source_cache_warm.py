@@ -69,7 +69,7 @@ def lookup_model(model: Any) -> Any:
 
 
 def stored(model: Any, key: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the stored positions of a state: (B, m) bool."""
+    """Return which positions of a state the cache stores, as bool (B, m)."""
     zero = model.peft_config["default"].source_padding == "zero"
     if key.stack in runtime_of(model.get_base_model()).map.decoders:
         return torch.ones(batch["source_labels"].shape, dtype=torch.bool)
@@ -130,7 +130,7 @@ def test_a_batch_may_have_rows_of_several_tiers(tmp_path) -> None:
 
 
 def test_columns_on_the_host_replace_those_on_the_device() -> None:
-    """The reader's inputs are on the meta device; only the caller's columns on the CPU have values."""
+    """The reader's inputs are on the meta device, so it can read token ids only from the caller's columns on the CPU."""
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
     request = request_of(model)

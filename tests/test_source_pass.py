@@ -357,7 +357,7 @@ def test_zeroed_padding_replaces_nan_and_inf() -> None:
 
 
 def test_forward_and_backward_apply_the_same_dropout_to_the_source() -> None:
-    """S is linear in A. So for a gradient G of S, <dA, A> = <G, S> holds only if backward drops what forward dropped."""
+    """S is linear in A. For a gradient G of S, <dA, A> = <G, S> holds only if backward drops what forward dropped."""
     from flare.source.projected import project_states
     from flare.source.source_pass import Preparation, read_from_states
 

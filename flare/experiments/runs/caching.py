@@ -32,7 +32,7 @@ class CachePlan:
     """Whether a run caches its source states.
 
     cache: the source cache; None if the run has no cache.
-    facts: facts for run.json (`RunRecord.data`).
+    facts: the value of "source_cache" in run.json (`RunRecord.data`).
     note: note for the user; empty if there is nothing to say.
     """
 

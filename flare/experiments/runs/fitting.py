@@ -292,7 +292,7 @@ def fit(
         )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
-        # with a cache, the trainer's collator may pad to another width, and the cache's keys include the width
+        # with a cache, the trainer's collator may pad to another width; validation rows are found only with this width
         predictor.collator = trainer.data_collator
     set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, print_fn))

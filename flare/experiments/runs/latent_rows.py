@@ -65,8 +65,8 @@ def add_states(
         rows: model rows.
         texts: the target text of each row.
         encoder: the MT encoder.
-        folder: folder of a temporary file for the states that exceed `IN_MEMORY` bytes. The file has no name. It is
-            deleted with the rows, and also if the process is killed.
+        folder: folder of a temporary file for the states that exceed `IN_MEMORY` bytes. The file has no name, so it is
+            deleted when the rows are freed or the process ends.
         name: label of the progress bar; None: no bar.
     """
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
