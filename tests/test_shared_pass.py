@@ -1,7 +1,7 @@
 """Test decoding in which one shared pass runs source and target in one batch, so each weight is read once per token.
 
 During generation, the frozen model continues the source text while the adapted model continues the target text
-(docs/generation.md). A shared pass needs ``source_layer_offset=0``. Its results are compared with those of two passes
+(docs/generation.md). A shared pass needs ``source_layer_offset=0``. Its results are compared with two passes
 (``source_pass="separate"``), which tests/test_generation.py compares with a forward pass without a KV cache.
 """
 

@@ -181,7 +181,7 @@ def test_a_directory_opens_after_a_kill_at_each_step_of_writing(stage, tmp_path,
         if stage == "just created":
             monkeypatch.setattr(module.fcntl, "flock", die)
         elif stage == "half written":
-            monkeypatch.setattr(module, "bytes", die, raising=False)  # the padding of the first entry
+            monkeypatch.setattr(module, "bytes", die, raising=False)  # bytes() makes the padding after the first entry
         elif stage == "not synced":
             monkeypatch.setattr(module.os, "fsync", die)
         else:

@@ -75,7 +75,7 @@ def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
     assert sum(shared_budget.stats().entries.values()) == 4
 
 
-def test_a_shared_budget_leaves_memory_free_unless_the_tier_has_its_own_budget(monkeypatch) -> None:
+def test_a_shared_budget_leaves_memory_free_but_the_budget_of_a_tier_does_not(monkeypatch) -> None:
     from flare.source_cache import memory
 
     free = [1 << 30]

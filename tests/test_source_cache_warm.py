@@ -130,7 +130,7 @@ def test_a_batch_may_have_rows_of_several_tiers(tmp_path) -> None:
 
 
 def test_columns_on_the_host_replace_those_on_the_device() -> None:
-    """The reader's inputs are on the meta device, so it can read token ids only from the caller's columns on the CPU."""
+    """The reader's inputs are on the meta device, so only the caller's columns on the CPU have token ids to read."""
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
     request = request_of(model)

@@ -1,6 +1,6 @@
 """Test X-Mixup, in which one block mixes attention of the target over the source into the target's states.
 
-Logits and losses must equal those of a plain implementation in this file (the functions ``*_by_hand``), and must not
+Logits and losses must equal a plain implementation in this file (the functions ``*_by_hand``), and must not
 depend on padding or on other rows.
 """
 

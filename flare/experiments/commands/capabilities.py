@@ -1,4 +1,4 @@
-"""List which features this machine can run, and why it cannot run the others: the second half of `flare info`."""
+"""List which features this machine can run, and why others cannot run: the second half of `flare info`."""
 
 from __future__ import annotations
 

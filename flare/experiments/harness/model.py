@@ -218,10 +218,10 @@ class FlareLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Return the input ids and the attention mask of a batch, as HFLM does.
+        """Return the input ids and the attention mask of a batch.
 
-        If sources are read, pad prompts and source prompts to one length, and store the source ids and their mask for
-        :meth:`_model_generate`.
+        If no sources are read, HFLM computes both. Otherwise prompts and source prompts are padded to one length, and
+        the source ids and their mask are stored for :meth:`_model_generate`.
         """
         if self.sources is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)  # type: ignore[no-any-return]

@@ -95,7 +95,7 @@ def measure_bottleneck(
             batch = batch.to(device)
             for name in ("target", "source"):
                 mask = batch.get("attention_mask" if name == "target" else "source_attention_mask")
-                masks[name] = mask.flatten(0, -2) if mask is not None else None  # one row per choice
+                masks[name] = mask.flatten(0, -2) if mask is not None else None  # multiple choice: one row per choice
             with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
                 model(**batch)
     finally:

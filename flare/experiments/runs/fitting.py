@@ -1,6 +1,6 @@
 """Train one model: training arguments, choice of the best checkpoint, resuming, and measured costs.
 
-A *recipe* (`flare.recipes`) holds the paper's settings. The user's TrainingArguments override those of the recipe.
+A *recipe* (`flare.recipes`) holds the paper's settings. The user's TrainingArguments override the recipe's.
 """
 
 from __future__ import annotations

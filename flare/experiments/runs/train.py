@@ -109,7 +109,7 @@ class _Run:
         self.latent: Any = None
 
     def run(self) -> Path:
-        """Train and evaluate unless the run is done; return its folder."""
+        """Train and evaluate, or skip a finished run. Return the run's folder."""
         record = self._record()
         with locked(self.folder):
             state = on_main(lambda: open_run(self.folder, record, self.settings.resume, self.print_fn))
