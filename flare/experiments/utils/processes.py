@@ -82,8 +82,8 @@ def errors_reach_all() -> Iterator[None]:
 def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
     """Yield every item with its result, in order and in every process. Each of n processes computes every n-th item.
 
-    The processes exchange results after each round of one item per process. The results equal the results of a
-    single process bit for bit if an item is a batch whose content does not depend on the number of processes. The models of
+    The processes exchange results after each round of one item per process. The results equal the results of a single
+    process bit for bit if an item is a batch whose content does not depend on the number of processes. The models of
     the processes must not communicate, so `work` must call the model inside the DDP wrapper and must not use FSDP.
 
     Args:
