@@ -46,7 +46,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
     training: they are padded on the left, and continuations are padded on the right. A continuation that is scored is
     also appended to the source prompt. If the continuation is one of the document's texts, the source of that text is
     appended instead. Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves
-    as HFLM.
+    like HFLM.
 
     Args:
         pretrained: folder or hub id of the base model, or a loaded model (also a ``PeftModel``).

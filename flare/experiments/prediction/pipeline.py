@@ -25,7 +25,7 @@ Prediction = dict[str, Any]
 class FlarePipeline:
     """A trained adapter that predicts, with the options of `flare predict`.
 
-    It gives the same predictions as `flare evaluate`.
+    Predictions are the same as in `flare evaluate`.
 
         predict = flare.FlarePipeline.from_pretrained("runs/acehnese/flare/seed-0")
         predict("Nyan hana got.", "That is not good.")      # {"prediction": "negative", "probability": ..., ...}
@@ -178,7 +178,7 @@ class FlarePipeline:
     def pairs(
         self, rows: Sequence[Texts], sources: Sequence[Texts | None], ids: Sequence[str] | None = None
     ) -> list[Pair]:
-        """Return one pair per row: an example with the row's texts, and one with its source texts or None."""
+        """Return one pair per row: an example with its texts, and an example with its source texts (or None)."""
         names = [str(index) for index in range(len(rows))] if ids is None else ids
         tagged = self.trained.task.kind == "token-classification"  # the words to tag are separated by spaces
         return [

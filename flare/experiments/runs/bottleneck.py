@@ -46,9 +46,10 @@ def measure_bottleneck(
         autocast: dtype of mixed precision; None: no mixed precision.
 
     Returns:
-        (sizes, activations). sizes is {"layers": [name of each fusing projection in the base model], "S": [its mean
-        |S|], "T": [its mean |T|]} in the model's order, without padding tokens, or None if no layer fused. activations
-        is None if the first query projection did not fuse, or if its source has no tokens (FLARE MT).
+        (sizes, activations). sizes is {"layers": [names of the fusing projections in the base model, in its order],
+        "S": [mean |S| of each projection], "T": [mean |T| of each projection]}, or None if no layer fused. The means
+        exclude padding tokens. activations is None if the first query projection did not fuse, or if its source has no
+        tokens (FLARE MT).
     """
     totals: dict[str, list[float]] = {}  # layer -> sum of |S|, numbers in S, sum of |T|, numbers in T
     masks: dict[str, Tensor | None] = {}

@@ -187,7 +187,7 @@ def training_arguments(
         given: name -> value of the fields that the user set.
 
     Raises:
-        UserError: the values do not fit together.
+        UserError: TrainingArguments rejects the values, or they need a validation split that the data do not have.
     """
     defaults: dict[str, Any] = {
         "report_to": "none",

@@ -120,8 +120,7 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
 def for_method(method: str, setup: Setup) -> Setup:
     """Return the setup for a method.
 
-    It differs from `setup` only for input-level fusion in a generating model: the form writes both texts into one
-    prompt.
+    Only input-level fusion in a generating model changes the setup. Its form writes both texts into one prompt.
 
     Raises:
         UserError: the method does not support the task.

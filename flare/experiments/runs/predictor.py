@@ -34,7 +34,7 @@ class Predictor:
     form: result of `flare.experiments.tasks.make_form`.
     collator: the method's collator.
     pairs: the target rows of the split, each with its source row if there is one.
-    rows: evaluation row of the form for each pair.
+    rows: for each pair, its model row from the form's `eval_rows`.
     batch_size: rows per batch.
     autocast: dtype of mixed precision; None: no mixed precision.
     name: label of the progress bar; None: no bar.
