@@ -237,7 +237,7 @@ def test_invalid_recipes_raise(recipe, changes, error, message) -> None:
         flare.from_recipe(recipe, **changes)
 
 
-def test_an_unknown_argument_is_named(bases) -> None:
+def test_an_unknown_argument_is_named_in_the_error(bases) -> None:
     recipe = {"task": "SEQ_CLS", "base": str(bases["SEQ_CLS"])}
     with pytest.raises(TypeError, match=r"fusoin: not a key of a recipe, not a field of FlareConfig, and not accepted"):
         flare.from_recipe(recipe, fusoin="mul")

@@ -79,7 +79,7 @@ class _WeightReads(TorchDispatchMode):
 
 @pytest.mark.parametrize(("way", "reads"), [("shared", 1), ("separate", 2)])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_each_frozen_weight_is_read_once_per_token(way, reads, targets) -> None:
+def test_a_shared_pass_reads_each_frozen_weight_once_per_token(way, reads, targets) -> None:
     model, inputs = zero_offset(target_modules=targets), prompts()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n}
     assert len(linears) == 7 * L + 1, "each block has seven linear layers, and the model one head"

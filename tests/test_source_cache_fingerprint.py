@@ -93,7 +93,7 @@ def test_irrelevant_attributes_are_not_watched() -> None:
     assert cache.stats().hits == 3
 
 
-def test_a_write_through_data_is_detected_when_the_cache_is_set_again() -> None:
+def test_a_write_to_data_of_a_weight_is_detected_when_the_cache_is_set_again() -> None:
     model = fused("bert")
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)

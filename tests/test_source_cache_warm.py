@@ -244,7 +244,7 @@ def test_looked_up_states_replace_a_source(family, padding, autocast) -> None:
         assert cache.lookup(lookup_model(model), batch) is not None
 
 
-def test_looked_up_states_of_an_encoder_alone_and_with_its_decoder() -> None:
+def test_lookup_finds_states_of_an_encoder_alone_and_with_its_decoder() -> None:
     model, batch = fused("mt5"), batch_of("mt5")
     encoder = {name: value for name, value in batch.items() if name != "source_labels"}
     cache = filled(model, flare.SourceStateCache(MB), batch, encoder)

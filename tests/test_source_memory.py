@@ -97,7 +97,7 @@ def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options:
 
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
 @pytest.mark.usefixtures("offload_anywhere")
-def test_the_second_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
+def test_a_second_source_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
     """Backward runs outside of autocast. The states that backward computes again still equal forward's bit for bit."""
     seen: list[list[torch.Tensor]] = []
     plain = Preparation.__call__
@@ -129,7 +129,7 @@ EXECUTIONS = {"keep": 2, "offload": 2, "recompute": 3}
 
 @pytest.mark.parametrize("memory", EXECUTIONS)
 @pytest.mark.usefixtures("offload_anywhere")
-def test_block_executions_of_a_step(memory: str) -> None:
+def test_recompute_runs_the_source_blocks_once_more(memory: str) -> None:
     """Target and source run each block once; "recompute" runs the source's blocks once more."""
     model = model_of("llama", memory)
     blocks = tiny.block_list(model.get_base_model())

@@ -217,7 +217,7 @@ def test_a_padded_step_is_compared_with_padded_steps(recorded: dict[str, Any]) -
     assert summary["step_vs_input_fusion"]["xlmr"] == pytest.approx(ratios[False], rel=1e-3)
 
 
-def test_wall_over_device_is_of_the_captured_step_or_else_of_the_eager_step(recorded: dict[str, Any]) -> None:
+def test_wall_over_device_prefers_the_captured_step_to_the_eager_step(recorded: dict[str, Any]) -> None:
     summarise = module("summary").summarise
     assert summarise([recorded])["step_wall_over_device"]["xlmr"] is None, "a CPU has no device-busy time"
     result = copy.deepcopy(recorded)
