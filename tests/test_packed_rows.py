@@ -83,7 +83,7 @@ def test_flare_mt_reads_states_by_position() -> None:
 @pytest.mark.parametrize("name", ["source_position_ids", "source_inputs_ids", "source_attention_masks"])
 @pytest.mark.parametrize("fusion", ["add_relu", None])
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
-def test_an_unknown_argument_is_named_in_the_error(family, fusion, name) -> None:
+def test_an_unknown_argument_is_named(family, fusion, name) -> None:
     model = fused(family, fusion=fusion).eval()
     with pytest.raises(TypeError, match=f"{name} is not an argument of .*For.*: .*source_input_ids, source_att"):
         model(**batch_of(family), **{name: COUNTED})

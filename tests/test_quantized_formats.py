@@ -112,7 +112,7 @@ class NoGradient(Int8Linear):
 
 
 def dispatch_to(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make PEFT wrap Int8Linear in `cls`, as its dispatchers wrap the library's layer if the library is installed."""
+    """Make PEFT wrap every Int8Linear in `cls`, which is PEFT's layer for a library that is not installed."""
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         return cls(target, adapter_name, config=config, **kwargs) if isinstance(target, Int8Linear) else None

@@ -133,7 +133,7 @@ def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant", "peft's default"])
 @pytest.mark.parametrize("name", KINDS)
 def test_checkpointing_over_a_quantised_base_keeps_the_fusion(name, mode, bases) -> None:
-    """Logits and gradients equal those without checkpointing, and differ from plain LoRA.
+    """Logits and gradients equal a step without checkpointing, and differ from a step of plain LoRA.
 
     The authors' release trains plain LoRA if a quantised base is combined with checkpointing.
     """

@@ -114,7 +114,7 @@ def test_outputs_belong_to_the_input_of_the_call(how, order, calls) -> None:
 
 @pytest.mark.parametrize("how", ["same", "another"])
 def test_recomputation_gives_the_numbers_of_the_forward_pass(how) -> None:
-    """This holds even if the projections read two inputs, which the site detects only during the first forward pass."""
+    """The projections may read two inputs, which the site detects only during the first forward pass."""
     model = model_with_inputs(how, "qkv", checkpointed=True)
     twin = alone(model)
     for _ in range(2):
@@ -210,7 +210,7 @@ def test_forward_leaves_no_state_on_modules(run, fusion) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
 def test_plan_is_reused_until_something_changes(family, monkeypatch) -> None:
-    """A site searches a plan for its call only in the first forward pass and after a change.
+    """A site searches for a plan of its call only in the first forward pass and after a change.
 
     This also holds for models that slice their list of blocks in each forward pass, which registers modules.
     """

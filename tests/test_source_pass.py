@@ -41,7 +41,7 @@ def assert_same_gradients(actual, expected, *, exact: bool = False) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_keeps_the_fusion(family, use_reentrant, dropout) -> None:
-    """Loss and gradients equal those without checkpointing, and differ from the gradients of plain LoRA."""
+    """Loss and gradients equal a step without checkpointing. The gradients differ from plain LoRA's."""
     inputs = tiny.batch(family)
     model = fused(family, lora_dropout=dropout)
     torch.manual_seed(11)
