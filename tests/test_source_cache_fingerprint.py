@@ -138,7 +138,7 @@ def test_the_fingerprint_covers_the_frozen_backbone() -> None:
 
 
 def test_trained_heads_and_embeddings_do_not_change_cached_states() -> None:
-    """modules_to_save: the source reads the frozen original, so cached states stay valid while the copy is trained."""
+    """modules_to_save trains a copy. The source reads the frozen original, so cached states stay valid."""
     model, batch = fused("llama", modules_to_save=["embed_tokens", "lm_head"]), batch_of("llama")
     model.set_source_cache(flare.SourceStateCache(MB))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)

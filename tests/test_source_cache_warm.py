@@ -1,7 +1,7 @@
 """Test the warm read of SourceStateCache: if all rows of a batch are cached, their states are read in one call.
 
-A reader passes the states of a batch to a visitor one by one. Its method ``warm`` returns all states, or None if a row
-is missing.
+A reader passes the states of a batch to a visitor one by one. The reader's method ``warm`` returns all states together,
+or None if a row is missing.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ class FakeStream:
 
 
 def test_rows_in_host_memory_are_copied_on_a_separate_stream(monkeypatch) -> None:
-    """Runs on a CPU with FakeStream. Checks the order of operations. From the third read on, the host waits."""
+    """FakeStream logs the order of operations on a CPU. The host may run two reads ahead, and then waits."""
     model, batch = fused("mt5", source_padding="zero"), batch_of("mt5")
     cache = filled(model, cache_in("host", None), batch)
     reader, log = reader_of(model, cache, batch), []

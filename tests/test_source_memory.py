@@ -130,7 +130,7 @@ EXECUTIONS = {"keep": 2, "offload": 2, "recompute": 3}
 @pytest.mark.parametrize("memory", EXECUTIONS)
 @pytest.mark.usefixtures("offload_anywhere")
 def test_recompute_runs_the_source_blocks_once_more(memory: str) -> None:
-    """Target and source run each block once; "recompute" runs the source's blocks once more."""
+    """The target pass and the source pass run each block once. With "recompute", the source pass runs twice."""
     model = model_of("llama", memory)
     blocks = tiny.block_list(model.get_base_model())
     with count_calls(blocks) as calls:
@@ -203,7 +203,7 @@ def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: 
 
 
 def test_overwritten_inputs_raise_an_error() -> None:
-    """A second pass over other tokens would silently give wrong gradients."""
+    """The second source pass would read the new tokens, and silently give wrong gradients."""
     model = model_of("llama", "recompute")
     inputs = inputs_of("llama")
     loss = model(**inputs).loss
