@@ -170,7 +170,7 @@ def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypat
 
 @pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
 def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: str, monkeypatch) -> None:
-    """At most two states exist at any time, for the prompt and for new tokens. From token to token, only S is kept.
+    """At most two states exist at any time, for the prompt and for new tokens. Only the last S is kept between tokens.
 
     With offset 0 the embeddings are a state too. They are not counted, because transformers' forward keeps them anyway.
     """

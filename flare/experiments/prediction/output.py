@@ -1,4 +1,4 @@
-"""Write the output of `flare predict` after the last batch.
+"""Write the output file of `flare predict` after the last batch.
 
 Until then, finished batches are saved in a second file, so that an interrupted command can resume.
 """
