@@ -1,4 +1,4 @@
-"""Test adapters on 4-bit and 8-bit linear layers of bitsandbytes, which computes the quantised products on a CPU."""
+"""Test adapters on 4-bit and 8-bit linear layers of bitsandbytes, on a CPU."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_generation_with_a_quantised_base_uses_the_source(kind, checkpoint) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shared_pass_needs_a_base_whose_rows_are_independent(kind, checkpoint) -> None:
-    """With 4-bit layers, source and target can share a pass. int8 layers select columns over all rows, so it raises."""
+    """A shared pass runs source and target in one batch. int8 layers refuse it, as their rows affect each other."""
     model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_layer_offset=0, target_modules="all-linear").eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}

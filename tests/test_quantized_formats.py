@@ -112,7 +112,7 @@ class NoGradient(Int8Linear):
 
 
 def dispatch_to(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make PEFT wrap Int8Linear in `cls`, as its dispatchers wrap the library's layer if the library is installed."""
+    """Make PEFT wrap every Int8Linear in `cls`, which is PEFT's layer for a library that is not installed."""
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         return cls(target, adapter_name, config=config, **kwargs) if isinstance(target, Int8Linear) else None
@@ -171,7 +171,7 @@ def test_layer_of_each_format_fuses(name: str, monkeypatch: pytest.MonkeyPatch) 
         model.merge_adapter()
 
 
-def test_a_format_that_peft_cannot_merge_is_refused_as_in_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_a_format_that_peft_cannot_merge_raises_as_in_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch_to(gptq.GPTQLoraLinear, monkeypatch)
     with pytest.warns(UserWarning, match="Unsupported layer type"):
         model = flare.fast_lora(base_with(Int8Linear), **LORA, fusion=None, target_modules=NAMES)
@@ -196,7 +196,7 @@ def test_a_frozen_layer_without_a_gradient_is_refused_in_training(fusion, monkey
 
 
 def test_fine_grained_fp8_of_transformers_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8Linear is a torch.nn.Linear, for which PEFT uses its ordinary layer. Its kernel needs a GPU."""
+    """PEFT uses its ordinary layer for FP8Linear. The test replaces FP8Linear's kernel, which needs a GPU."""
     from transformers.integrations import finegrained_fp8 as fp8
 
     if not hasattr(fp8, "FP8LinearFunction"):
@@ -316,8 +316,8 @@ def test_generation_with_hqq_can_read_source_and_target_in_one_pass() -> None:
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-5)
 
 
-def test_transformers_loads_and_merges_torchao(tmp_path: Path) -> None:
-    """Load the base with transformers' TorchAoConfig, as users do. An adapter with fusion=None is merged as in PEFT."""
+def test_a_torchao_base_loaded_by_transformers_merges_as_in_peft(tmp_path: Path) -> None:
+    """The base is loaded with transformers' TorchAoConfig, as users do."""
     ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed", exc_type=ImportError)
     tiny.model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Test that the README's example runs as printed and uses its source, and that guides name only what exists."""
+"""Test that the README's example runs and uses its source texts, and that links and names in the guides exist."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ GUIDES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")
 
 
 def script() -> str:
-    """Return the code block after the marker."""
+    """Return the README's code block after the marker ``tested: script``."""
     match = re.search(r"<!-- tested: script -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert match, "the README has no tested script"
     return match.group(1)
 
 
 def small_model(name: str, num_labels: int) -> transformers.PreTrainedModel:
-    """Return a random model instead of the README's."""
+    """Return a small random model in place of the README's pretrained model."""
     assert name == "FacebookAI/xlm-roberta-base"
     config = transformers.BertConfig(
         vocab_size=len(build_tokenizer()),

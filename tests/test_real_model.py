@@ -14,7 +14,7 @@ from flare_kernels import reference
 
 
 def test_minilm_on_nusax_matches_the_formula_and_learns(minilm, nusax) -> None:
-    """Logits and gradients equal those of the FLARE formula on PEFT's layers. 12 training steps lower the loss."""
+    """Logits and gradients match the FLARE formula on PEFT's layers. 12 training steps lower the loss."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     read = {}
     for language in ("english", "javanese"):

@@ -1,4 +1,4 @@
-"""Test recipes: one name or YAML file gives a prepared, quantised base with fusing adapters that train and reload."""
+"""Test recipes. A recipe, given by its name or as a YAML file, loads and quantises a base and adds fusing adapters."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ needs_bnb = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Save a tiny Llama and a tokenizer without a pad token for each task."""
+    """Return task -> folder with a tiny Llama for the task, and a tokenizer without a pad token."""
     folders = {}
-    for task, made in CLASSES.items():
+    for task, model_class in CLASSES.items():
         folders[task] = tmp_path_factory.mktemp(task)
         torch.manual_seed(0)
-        made(tiny.config("llama", hidden_size=64, intermediate_size=64, num_labels=3)).save_pretrained(folders[task])
+        config = tiny.config("llama", hidden_size=64, intermediate_size=64, num_labels=3)
+        model_class(config).save_pretrained(folders[task])
         word_tokenizer = tokenizer(pad=False)
         word_tokenizer.eos_token = "[SEP]"
         word_tokenizer.save_pretrained(folders[task])
@@ -132,7 +133,7 @@ def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant", "peft's default"])
 @pytest.mark.parametrize("name", KINDS)
 def test_checkpointing_over_a_quantised_base_keeps_the_fusion(name, mode, bases) -> None:
-    """Logits and gradients equal those without checkpointing, and differ from plain LoRA.
+    """Logits and gradients equal a step without checkpointing, and differ from a step of plain LoRA.
 
     The authors' release trains plain LoRA if a quantised base is combined with checkpointing.
     """
@@ -236,7 +237,7 @@ def test_invalid_recipes_raise(recipe, changes, error, message) -> None:
         flare.from_recipe(recipe, **changes)
 
 
-def test_an_unknown_argument_is_named(bases) -> None:
+def test_an_unknown_argument_is_named_in_the_error(bases) -> None:
     recipe = {"task": "SEQ_CLS", "base": str(bases["SEQ_CLS"])}
     with pytest.raises(TypeError, match=r"fusoin: not a key of a recipe, not a field of FlareConfig, and not accepted"):
         flare.from_recipe(recipe, fusoin="mul")

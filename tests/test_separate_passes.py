@@ -1,4 +1,4 @@
-"""Test the cases in which generation cannot read source and target in one shared pass and needs two.
+"""Test the cases in which generation cannot read source and target in one shared pass and needs two passes.
 
 With ``source_pass="auto"`` generation then uses two passes, in some cases with a warning. With
 ``source_pass="shared"`` it raises an error with the reason.
@@ -24,6 +24,7 @@ REASON = "generate: source and target do not share a pass"
 
 
 def executions(model: Any, inputs: dict, **options: Any) -> int:
+    """Return how often blocks of the model run while it generates three tokens."""
     with count_calls(tiny.block_list(model.get_base_model())) as calls:
         generated(model, inputs, 3, **options)
     return calls.total

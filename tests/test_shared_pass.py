@@ -1,7 +1,8 @@
-"""Test decoding with one shared pass for source and target, which gives the same numbers and halves the weight reads.
+"""Test decoding in which one shared pass runs source and target in one batch, so each weight is read once per token.
 
-A shared pass needs ``source_layer_offset=0``. It is compared with ``source_pass="separate"``, which
-tests/test_generation.py compares with a forward pass without a KV cache.
+During generation, the frozen model continues the source text while the adapted model continues the target text
+(docs/generation.md). A shared pass needs ``source_layer_offset=0``. Its results are compared with two passes
+(``source_pass="separate"``), which tests/test_generation.py compares with a forward pass without a KV cache.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def test_sliding_windows_match_two_passes(name) -> None:
 
 
 class _WeightReads(TorchDispatchMode):
-    """Count the products of each frozen weight."""
+    """Count the matrix products that read each frozen weight."""
 
     def __init__(self, weights: dict[int, str]) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class _WeightReads(TorchDispatchMode):
 
 @pytest.mark.parametrize(("way", "reads"), [("shared", 1), ("separate", 2)])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_each_frozen_weight_is_read_once_per_token(way, reads, targets) -> None:
+def test_a_shared_pass_reads_each_frozen_weight_once_per_token(way, reads, targets) -> None:
     model, inputs = zero_offset(target_modules=targets), prompts()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n}
     assert len(linears) == 7 * L + 1, "each block has seven linear layers, and the model one head"
@@ -122,7 +123,7 @@ def test_beam_search_matches_two_passes(sample) -> None:
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_ended_source_stays_at_its_end_token(padded) -> None:
+def test_a_source_that_has_ended_keeps_the_state_of_its_end_token(padded) -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING, pads=padded)
     ends = ends_of(model, inputs, 7)
     without_end = generated(model, inputs, 7)[1]
@@ -130,7 +131,7 @@ def test_ended_source_stays_at_its_end_token(padded) -> None:
     assert not torch.allclose(results["shared"][1][0], without_end[0], atol=1e-4), "the end token made no difference"
 
 
-def test_sources_leave_the_batch_when_all_have_ended() -> None:
+def test_sources_leave_the_batch_when_all_of_them_have_ended() -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING)
     ends = source_text(model, inputs, 2, [])[:, -1].tolist()  # every row ends with its second token
     options = {"eos_token_id": ends, "min_new_tokens": 6}
@@ -221,8 +222,8 @@ def test_hidden_states_and_attentions_have_the_targets_rows() -> None:
 def test_generation_continues_from_a_cache() -> None:
     """Continue token by token, and with two tokens in one call.
 
-    The KV cache holds the rows of the target and of the source. A call with several tokens splits it, and the next call
-    joins it again.
+    The KV cache holds the target's three rows and the source's three rows. A call with several tokens moves the
+    source's rows out of it, and the next call with one token moves them back.
     """
     model, inputs = zero_offset(), prompts()
     sequences, logits = generated(model, inputs, 7, source_pass="separate")

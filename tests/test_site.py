@@ -1,6 +1,6 @@
 """Test sites. A site computes all projections of an attention module in one call, with one buffer for dx.
 
-The numbers must equal those of separate calls, in which every projection is computed alone (`site_models.alone`).
+The results must equal the results of separate calls, which compute each projection alone (`site_models.alone`).
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _compiled(values: dict) -> dict:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_base_computes_its_own_dx(kind, tmp_path, calls) -> None:
-    """q and v share a call, which does not get their weights. bitsandbytes computes the frozen products and k."""
+    """The joint call computes only the adapters of q and v. bitsandbytes computes the frozen products of q, k and v."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
     from test_quantized import quantized
 

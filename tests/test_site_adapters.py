@@ -57,6 +57,7 @@ def unmerged(model: peft.PeftModel) -> None:
 
 @contextlib.contextmanager
 def after(change: Callable[[Any], Any], model: peft.PeftModel) -> Iterator[None]:
+    """Change the model before the block. The change is not undone."""
     change(model)
     yield
 
@@ -80,7 +81,7 @@ STATES: dict[str, Callable[[Any], Any]] = {
 
 
 def test_switched_merged_and_scaled_adapters_match_peft() -> None:
-    """Bring one model into all STATES in turn. A site caches a plan for its call and must not reuse it later."""
+    """Bring one model into all STATES in turn. A site caches a plan for its call, which holds for one state only."""
     inputs = plain(tiny.batch("llama"))
     model = fused("llama", fusion=None, **{k: v for k, v in TWO["default"].items() if k not in ("r", "lora_alpha")})
     model.add_adapter("second", flare.FlareConfig(fusion=None, task_type="CAUSAL_LM", **TWO["second"]))

@@ -96,7 +96,7 @@ def forward_and_back(model: nn.Module, graph: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("order", ["kvq", "qkv", "vqk"])
 @pytest.mark.parametrize("how", ["same", "another", "written to"])
 def test_outputs_belong_to_the_input_of_the_call(how, order, calls) -> None:
-    """Any projection may be called first. If they read two inputs, the site computes them separately."""
+    """Any projection may be called first. Projections that read different inputs are computed separately."""
     model = model_with_inputs(how, order)
     twin = alone(model)
     assert siblings(model) == {"k_proj"}
@@ -114,7 +114,7 @@ def test_outputs_belong_to_the_input_of_the_call(how, order, calls) -> None:
 
 @pytest.mark.parametrize("how", ["same", "another"])
 def test_recomputation_gives_the_numbers_of_the_forward_pass(how) -> None:
-    """Also if the projections read two inputs, which the site detects only in the first forward pass."""
+    """The projections may read two inputs, which the site detects only during the first forward pass."""
     model = model_with_inputs(how, "qkv", checkpointed=True)
     twin = alone(model)
     for _ in range(2):
@@ -210,7 +210,10 @@ def test_forward_leaves_no_state_on_modules(run, fusion) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
 def test_plan_is_reused_until_something_changes(family, monkeypatch) -> None:
-    """This also holds for models that slice their list of blocks in each forward pass, which registers modules."""
+    """A site searches for a plan of its call only in the first forward pass and after a change.
+
+    This also holds for models that slice their list of blocks in each forward pass, which registers modules.
+    """
     planned: list[str] = []
     find = Site._find
     monkeypatch.setattr(Site, "_find", lambda site, kind: planned.append(site.path) or find(site, kind))

@@ -72,7 +72,7 @@ def test_refused_call_restores_the_class_of_siblings() -> None:
 
 
 def test_a_later_adapter_on_k_is_computed_in_the_joint_call(calls) -> None:
-    """The joint call computes k as it is: frozen, with an active adapter, or with an adapter that is not active."""
+    """The joint call includes k in all cases: without an adapter, with an active adapter, and with an inactive one."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     first = step(model, inputs)
@@ -120,7 +120,9 @@ def test_fully_sharded_blocks_give_the_same_step(checkpointing, calls) -> None:
         model.enable_input_require_grads()
     with process_group():
         mesh = init_device_mesh("cpu", (1,))
-        adapters = {p for name, p in model.named_parameters() if "lora_" in name}  # the source pass needs them whole
+        adapters = {
+            p for name, p in model.named_parameters() if "lora_" in name
+        }  # the source pass needs them unsharded
         for block in tiny.block_list(model.get_base_model()):
             fully_shard(block, mesh=mesh, ignored_params=adapters)
         fully_shard(model, mesh=mesh, ignored_params=adapters)

@@ -31,7 +31,7 @@ def _subclass_weight(module: nn.Module) -> None:
     module.weight = _Subclassed(module.weight.detach(), requires_grad=False)
 
 
-SPOILERS = {
+CHANGES = {
     "a pre-hook": lambda m: m.register_forward_pre_hook(lambda *_: None),
     "a hook": lambda m: m.register_forward_hook(lambda *_: None),
     "a backward hook": lambda m: m.register_full_backward_hook(lambda *_: None),
@@ -42,25 +42,28 @@ SPOILERS = {
 }
 
 
-@pytest.mark.parametrize("spoiler", SPOILERS)
-@pytest.mark.parametrize("whom", ["q_proj.base_layer", "k_proj"])
-def test_hooked_or_patched_projection_is_called_as_a_module(spoiler, whom, calls) -> None:
-    """It is not part of the joint call, even if the site has cached a plan with it. The other projections still are."""
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("projection", ["q_proj.base_layer", "k_proj"])
+def test_hooked_or_patched_projection_is_called_as_a_module(change, projection, calls) -> None:
+    """The changed projection is not part of the joint call, even if the site has cached a plan that includes it.
+
+    The other projections are still computed in the joint call.
+    """
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     expected = step(alone(model), inputs)
     assert_same(step(model, inputs), expected)
     forget(calls)
     attention = first_attention(model)
-    SPOILERS[spoiler](attention.get_submodule(whom))
+    CHANGES[change](attention.get_submodule(projection))
     assert_same(step(model, inputs), expected)
-    if spoiler == "a tensor subclass" or (spoiler, whom[0]) == ("a parametrisation", "q"):
+    if change == "a tensor subclass" or (change, projection[0]) == ("a parametrisation", "q"):
         # the frozen products have separate graphs, and the adapters share a call
         assert calls.names[0] == {"q_proj", "v_proj"} and not calls["single"]
         assert calls["owned"] == calls["joint"] - 1
         return
-    assert calls.names[0] == {"q_proj", "k_proj", "v_proj"} - {whom.partition(".")[0]}
-    assert calls["single"] == (1 if whom.startswith("q") else 0)
+    assert calls.names[0] == {"q_proj", "k_proj", "v_proj"} - {projection.partition(".")[0]}
+    assert calls["single"] == (1 if projection.startswith("q") else 0)
 
 
 @pytest.mark.parametrize("how", ["hook", "scaled by a hook", "pruning", "parametrisation", "scaled forward"])
@@ -71,7 +74,7 @@ def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> Non
     handles: list[Any] = []
     inputs = plain(tiny.batch("llama"))
 
-    def spoil(name: str, module: nn.Module) -> None:
+    def apply_change(name: str, module: nn.Module) -> None:
         if how == "hook":
             handles.append(module.register_forward_hook(lambda *_: seen.update([name])))
         elif how == "scaled by a hook":
@@ -89,7 +92,7 @@ def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> Non
         step(model, inputs)
         for path, module in list(model.named_modules()):
             if path.endswith(f"{part}.default"):
-                spoil(name, module)
+                apply_change(name, module)
         results = {}
         for index in range(2):
             results |= {f"{index} {key}": value for key, value in step(model, inputs).items()}

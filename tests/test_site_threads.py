@@ -49,7 +49,7 @@ def frequent_switches(monkeypatch) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("fusion", [None, "add_relu"])
 def test_threads_share_a_model_in_eval_mode(family, fusion, frequent_switches) -> None:
-    """Each thread has two batches, and the first one again without its source. BERT also has a trained head."""
+    """Each thread has two batches, and the first batch again without its source. BERT also has a trained head."""
     model = fused(family, fusion=fusion, dtype=torch.float64).eval()
     if family == "bert":
         assert any(type(m).__name__ == "ModulesToSaveWrapper" for m in model.modules())

@@ -1,4 +1,4 @@
-"""Test that SourceStateCache does not change results, and that each source block runs once per example."""
+"""Test that SourceStateCache does not change results, and that the source of each example is computed once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_rows_that_are_not_cached_are_computed_in_a_smaller_pass(family, padding
     assert ran.since() == {2}, "rows that occur twice in a batch are computed once"
 
 
-def test_rows_of_the_encoder_and_of_both_stacks_have_different_keys() -> None:
+def test_states_of_an_encoder_alone_and_with_its_decoder_have_different_keys() -> None:
     model, batch = fused("mt5"), batch_of("mt5")
     encoder = {name: value for name, value in batch.items() if name != "source_labels"}
     expected = step(model, encoder)
@@ -86,7 +86,7 @@ def test_rows_of_the_encoder_and_of_both_stacks_have_different_keys() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_rows_of_different_layer_offsets_have_different_keys(offset) -> None:
-    """Two models whose adapters have different offsets share a cache, but no row of it."""
+    """Two models whose adapters have different offsets share a cache. Neither model reads the other model's rows."""
     model, batch = fused("bert", source_layer_offset=offset), batch_of("bert")
     other = fused("bert", source_layer_offset=1 - offset)
     expected = step(other, batch)
@@ -160,7 +160,7 @@ def test_without_padding_the_width_is_not_part_of_the_key(family) -> None:
 
 
 def test_learned_positions_are_part_of_the_key() -> None:
-    """With padding on the left, the same words of BERT can be at other positions, where they have other states."""
+    """With more padding on the left, BERT's words have other positions, and therefore other states."""
     model, batch = fused("bert", source_padding="zero"), batch_of("llama")
     batch["labels"] = torch.tensor([0, 1, 2])
     wide = widened("llama", {**batch, "labels": batch["input_ids"]}) | {"labels": batch["labels"]}
@@ -267,7 +267,7 @@ def test_states_cached_in_inference_mode_can_be_saved_for_backward() -> None:
 def test_a_failing_pass_leaves_cache_and_model_usable() -> None:
     model, batch = fused("llama"), batch_of("llama")
     expected = step(model, batch)
-    cache = flare.SourceStateCache(11_000, tiers=("device",))  # room for these three rows and no more
+    cache = flare.SourceStateCache(11_000, tiers=("device",))  # room for these three rows only
     model.set_source_cache(cache)
 
     def fail(*_: Any) -> None:

@@ -43,6 +43,7 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path) -> None:
 
 
 def test_without_host_memory_waiting_rows_are_written_and_no_more_rows_are_stored(tmp_path, monkeypatch) -> None:
+    """Rows wait in host buffers until they are written together. Here only five buffers can be allocated."""
     from flare.source_cache import shards as module
 
     model = fused("bert")
@@ -144,7 +145,7 @@ def test_flipped_bytes_of_entries_are_detected(tmp_path) -> None:
     published(tmp_path, model, 0)
     (path,) = shards(tmp_path)
     intact = path.read_bytes()
-    start = 8 + int.from_bytes(intact[:8], "little")  # of the entries, after the header
+    start = 8 + int.from_bytes(intact[:8], "little")  # offset of the entries, which follow the header
     header = json.loads(intact[8:start])
     header.pop("__metadata__")
     for place in header.values():

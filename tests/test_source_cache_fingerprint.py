@@ -93,7 +93,7 @@ def test_irrelevant_attributes_are_not_watched() -> None:
     assert cache.stats().hits == 3
 
 
-def test_a_write_through_data_is_detected_when_the_cache_is_set_again() -> None:
+def test_a_write_to_data_of_a_weight_is_detected_when_the_cache_is_set_again() -> None:
     model = fused("bert")
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
@@ -115,7 +115,7 @@ def test_a_weight_that_is_replaced_by_an_equal_copy_is_accepted() -> None:
 
 
 def test_the_fingerprint_covers_the_frozen_backbone() -> None:
-    """It covers every weight, also in wrapped layers, but no adapters, heads, trained copies or poolers."""
+    """The fingerprint covers all weights, also in wrapped layers, but no adapters, heads, trained copies or poolers."""
     plain = fingerprint(tiny.model("bert").requires_grad_(False))
     assert fingerprint(fused("bert").get_base_model()) == plain
     wrapped = fused("bert", target_modules="all-linear", modules_to_save=["classifier", "word_embeddings"])
@@ -138,7 +138,7 @@ def test_the_fingerprint_covers_the_frozen_backbone() -> None:
 
 
 def test_trained_heads_and_embeddings_do_not_change_cached_states() -> None:
-    """modules_to_save: the source reads the frozen original, so cached states stay valid while the copy is trained."""
+    """modules_to_save trains a copy. The source reads the frozen original, so cached states stay valid."""
     model, batch = fused("llama", modules_to_save=["embed_tokens", "lm_head"]), batch_of("llama")
     model.set_source_cache(flare.SourceStateCache(MB))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -152,20 +152,20 @@ def test_trained_heads_and_embeddings_do_not_change_cached_states() -> None:
 
 def test_quantised_weights_are_part_of_the_fingerprint() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    found = set()
+    fingerprints = set()
     for kind, seed in (("fp4", 0), ("nf4", 0), ("nf4", 1), ("nf4", 0)):
         torch.manual_seed(seed)
         linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type=kind)
         linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type=kind)
-        found.add(fingerprint(torch.nn.Sequential(linear.to("cpu"))))
+        fingerprints.add(fingerprint(torch.nn.Sequential(linear.to("cpu"))))
     scaled = torch.nn.Sequential(linear)
     before = fingerprint(scaled)
     linear.weight.quant_state.absmax.mul_(2)
-    assert len(found) == 3 and fingerprint(scaled) != before
+    assert len(fingerprints) == 3 and fingerprint(scaled) != before
 
 
 def test_checking_quantised_weights_computes_nothing() -> None:
-    """The check runs before every pass. If the stamp of an unchanged base differed, it would read all weights."""
+    """A check before every pass compares stamps of the base. It reads all weights only if the stamps differ."""
     bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), False, quant_type="nf4", compress_statistics=True)
@@ -237,7 +237,7 @@ def test_an_even_number_of_flipped_bits_changes_a_checksum(bit) -> None:
 
 
 def test_two_flipped_signs_never_cancel_in_a_checksum() -> None:
-    """No two flipped signs change the sum by opposite amounts, in zeros and in the numbers from 0."""
+    """No two flipped signs change the sum by opposite amounts, in words that are all 0 and in the words 0, 1, 2, ..."""
     for data in (torch.zeros(1 << 14, dtype=torch.int64), torch.arange(1 << 14)):
         flipped = data ^ torch.tensor(-(2**63))
         changes = _mixed(flipped, _weights(data.device)) - _mixed(data, _weights(data.device))

@@ -83,14 +83,14 @@ def test_a_full_disk_warns_once_and_training_continues(tmp_path) -> None:
 
 
 def mounted(folder: Path, nbytes: int) -> str:
-    """Mount a small file system in a user namespace of this process; return the reason if that fails."""
+    """Mount a small file system in a user namespace of this process; return why that failed, or an empty text."""
     libc = ctypes.CDLL(None, use_errno=True)
-    user, mounts, own_seeds = 0x10000000, 0x00020000, {"uid_map": os.getuid(), "gid_map": os.getgid()}
+    user, mounts, id_maps = 0x10000000, 0x00020000, {"uid_map": os.getuid(), "gid_map": os.getgid()}
     if libc.unshare(user | mounts):
         return f"no user namespace: {os.strerror(ctypes.get_errno())}"
     try:
         Path("/proc/self/setgroups").write_text("deny")
-        for name, value in own_seeds.items():  # a user that is not mapped cannot create files in the namespace
+        for name, value in id_maps.items():  # a user that is not mapped cannot create files in the namespace
             Path("/proc/self", name).write_text(f"0 {value} 1")
     except OSError as error:
         return f"no user namespace: {error}"
@@ -181,7 +181,7 @@ def test_a_directory_opens_after_a_kill_at_each_step_of_writing(stage, tmp_path,
         if stage == "just created":
             monkeypatch.setattr(module.fcntl, "flock", die)
         elif stage == "half written":
-            monkeypatch.setattr(module, "bytes", die, raising=False)  # the padding of the first entry
+            monkeypatch.setattr(module, "bytes", die, raising=False)  # bytes() makes the padding after the first entry
         elif stage == "not synced":
             monkeypatch.setattr(module.os, "fsync", die)
         else:

@@ -8,7 +8,7 @@ from cached_states import MB, batch_of, fused
 import flare
 
 
-def test_wrong_arguments_are_named(tmp_path) -> None:
+def test_wrong_arguments_are_named_in_the_error(tmp_path) -> None:
     file = tmp_path / "file"
     file.write_text("unchanged")
     for match, error, keywords in [

@@ -36,6 +36,7 @@ def test_a_full_cache_keeps_its_rows(tier, tmp_path) -> None:
 
 
 def test_pinned_slabs_are_powers_of_two_within_the_budget() -> None:
+    """A slab is an allocation for several rows. size: bytes of a row; left: bytes that are left in the budget."""
     for size, left, expected in [
         (MB, 1 << 40, 64 * MB),
         (100 * MB, 1 << 40, 512 * MB),  # room for five rows, 12 MB are not used
@@ -74,7 +75,7 @@ def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
     assert sum(shared_budget.stats().entries.values()) == 4
 
 
-def test_a_shared_budget_leaves_memory_free_unless_the_tier_has_its_own_budget(monkeypatch) -> None:
+def test_a_shared_budget_leaves_memory_free_but_the_budget_of_a_tier_does_not(monkeypatch) -> None:
     from flare.source_cache import memory
 
     free = [1 << 30]

@@ -1,7 +1,7 @@
 """Test the warm read of SourceStateCache: if all rows of a batch are cached, their states are read in one call.
 
-A reader passes the states of a batch to a visitor one by one. Its method ``warm`` returns all states, or None if a row
-is missing.
+A reader passes the states of a batch to a visitor one by one. The reader's method ``warm`` returns all states together,
+or None if a row is missing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def lookup_model(model: Any) -> Any:
 
 
 def stored(model: Any, key: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the stored positions of a state: (B, m) bool."""
+    """Return which positions of a state the cache stores, as bool (B, m)."""
     zero = model.peft_config["default"].source_padding == "zero"
     if key.stack in runtime_of(model.get_base_model()).map.decoders:
         return torch.ones(batch["source_labels"].shape, dtype=torch.bool)
@@ -130,7 +130,7 @@ def test_a_batch_may_have_rows_of_several_tiers(tmp_path) -> None:
 
 
 def test_columns_on_the_host_replace_those_on_the_device() -> None:
-    """The reader's inputs are on the meta device; only the caller's columns on the CPU have values."""
+    """The reader's inputs are on the meta device, so only the caller's columns on the CPU have token ids to read."""
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
     request = request_of(model)
@@ -244,7 +244,7 @@ def test_looked_up_states_replace_a_source(family, padding, autocast) -> None:
         assert cache.lookup(lookup_model(model), batch) is not None
 
 
-def test_looked_up_states_of_an_encoder_alone_and_with_its_decoder() -> None:
+def test_lookup_finds_states_of_an_encoder_alone_and_with_its_decoder() -> None:
     model, batch = fused("mt5"), batch_of("mt5")
     encoder = {name: value for name, value in batch.items() if name != "source_labels"}
     cache = filled(model, flare.SourceStateCache(MB), batch, encoder)
@@ -357,7 +357,7 @@ class FakeStream:
 
 
 def test_rows_in_host_memory_are_copied_on_a_separate_stream(monkeypatch) -> None:
-    """Runs on a CPU with FakeStream. Checks the order of operations. From the third read on, the host waits."""
+    """FakeStream logs the order of operations on a CPU. The host may run two reads ahead, and then waits."""
     model, batch = fused("mt5", source_padding="zero"), batch_of("mt5")
     cache = filled(model, cache_in("host", None), batch)
     reader, log = reader_of(model, cache, batch), []

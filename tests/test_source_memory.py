@@ -52,7 +52,7 @@ def assert_same(actual, expected) -> None:
 
 
 def assert_close(actual, expected) -> None:
-    """Compare gradients that are sums over several forward passes. Each mode has another order, so roundings differ."""
+    """Compare gradients that are sums over several forward passes. Each mode adds (and rounds) in another order."""
     assert actual.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name], grad, msg=name)
@@ -79,7 +79,10 @@ def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("offload_anywhere")
 def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options: dict) -> None:
-    """They are equal bit for bit, also with non-reentrant checkpointing. After two forward passes, rounding differs."""
+    """After one forward pass, gradients are equal bit for bit, also with non-reentrant checkpointing.
+
+    The sums of the gradients of two forward passes are equal up to rounding.
+    """
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options), model_of(family, memory, **options)
     for model in (keep, other):
@@ -94,8 +97,8 @@ def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options:
 
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
 @pytest.mark.usefixtures("offload_anywhere")
-def test_the_second_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
-    """Backward runs outside of autocast. The states that it computes equal those of forward bit for bit."""
+def test_a_second_source_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
+    """Backward runs outside of autocast. The states that backward computes again still equal forward's bit for bit."""
     seen: list[list[torch.Tensor]] = []
     plain = Preparation.__call__
 
@@ -126,8 +129,8 @@ EXECUTIONS = {"keep": 2, "offload": 2, "recompute": 3}
 
 @pytest.mark.parametrize("memory", EXECUTIONS)
 @pytest.mark.usefixtures("offload_anywhere")
-def test_block_executions_of_a_step(memory: str) -> None:
-    """Target and source run each block once; "recompute" runs the source's blocks once more."""
+def test_recompute_runs_the_source_blocks_once_more(memory: str) -> None:
+    """The target pass and the source pass run each block once. With "recompute", the source pass runs twice."""
     model = model_of("llama", memory)
     blocks = tiny.block_list(model.get_base_model())
     with count_calls(blocks) as calls:
@@ -167,7 +170,7 @@ def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypat
 
 @pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
 def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: str, monkeypatch) -> None:
-    """At most two states exist at any time, for the prompt and for new tokens. Kept tensors have the width of the rank.
+    """At most two states exist at any time, for the prompt and for new tokens. Only the last S is kept between tokens.
 
     With offset 0 the embeddings are a state too. They are not counted, because transformers' forward keeps them anyway.
     """
@@ -200,7 +203,7 @@ def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: 
 
 
 def test_overwritten_inputs_raise_an_error() -> None:
-    """A second pass over other tokens would silently give wrong gradients."""
+    """The second source pass would read the new tokens, and silently give wrong gradients."""
     model = model_of("llama", "recompute")
     inputs = inputs_of("llama")
     loss = model(**inputs).loss
@@ -289,7 +292,7 @@ def test_padding_is_neither_kept_nor_read(monkeypatch) -> None:
     # token ids at padding have no effect
     changed = {**inputs, "source_input_ids": torch.where(mask == 0, 5, inputs["source_input_ids"])}
     assert_same(gradients(model, changed), actual)
-    # rows without padding give the same as "keep"
+    # without padding, source_padding="zero" and "keep" give the same gradients
     inputs["source_attention_mask"] = torch.ones_like(mask)
     assert_same(gradients(model, inputs), gradients(model_of("llama", "keep"), inputs))
 

@@ -1,4 +1,7 @@
-"""Test the source pass: which blocks run, that it restores the model's state, and that gradients are exact."""
+"""Test the source pass, in which the frozen model reads the source.
+
+The tests check which blocks run, that the model's state is restored, and that gradients are exact.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def assert_same_gradients(actual, expected, *, exact: bool = False) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_keeps_the_fusion(family, use_reentrant, dropout) -> None:
-    """Loss and gradients equal those without checkpointing, and differ from the gradients of plain LoRA."""
+    """Loss and gradients equal a step without checkpointing. The gradients differ from plain LoRA's."""
     inputs = tiny.batch(family)
     model = fused(family, lora_dropout=dropout)
     torch.manual_seed(11)
@@ -354,7 +357,7 @@ def test_zeroed_padding_replaces_nan_and_inf() -> None:
 
 
 def test_forward_and_backward_apply_the_same_dropout_to_the_source() -> None:
-    """S is linear in A, so <dA, A> = <G, S> holds only if backward drops what forward dropped."""
+    """S is linear in A. For a gradient G of S, <dA, A> = <G, S> holds only if backward drops what forward dropped."""
     from flare.source.projected import project_states
     from flare.source.source_pass import Preparation, read_from_states
 

@@ -106,7 +106,7 @@ def test_a_step_is_checked_at_full_size_with_the_initial_adapters(monkeypatch: p
         variants["flare"].check()
 
 
-def test_a_row_whose_check_raises_cannot_run_is_skipped() -> None:
+def test_a_row_that_cannot_run_is_skipped() -> None:
     cases, timing = module("cases"), module("timing")
 
     def too_large() -> None:
@@ -180,7 +180,7 @@ def test_the_main_grid_has_the_rows_that_the_summary_reads() -> None:
 
 @pytest.fixture
 def recorded() -> dict[str, Any]:
-    """Return a few rows of a CPU run."""
+    """Return the results of a benchmark run on a CPU, with a few rows."""
     result: dict[str, Any] = module("results").load(Path(__file__).with_name("recorded_benchmarks.json"))
     return result
 
@@ -217,7 +217,7 @@ def test_a_padded_step_is_compared_with_padded_steps(recorded: dict[str, Any]) -
     assert summary["step_vs_input_fusion"]["xlmr"] == pytest.approx(ratios[False], rel=1e-3)
 
 
-def test_wall_over_device_is_of_the_captured_step_or_else_of_the_eager_step(recorded: dict[str, Any]) -> None:
+def test_wall_over_device_prefers_the_captured_step_to_the_eager_step(recorded: dict[str, Any]) -> None:
     summarise = module("summary").summarise
     assert summarise([recorded])["step_wall_over_device"]["xlmr"] is None, "a CPU has no device-busy time"
     result = copy.deepcopy(recorded)

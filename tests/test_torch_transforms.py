@@ -1,4 +1,4 @@
-"""Tests of whole models on the meta device, with torch.export, torch.jit.trace and torch.func, and twice derived."""
+"""Test whole models on the meta device, with torch.export, torch.jit.trace and torch.func, and second derivatives."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("source_memory", [None, "recompute"])
 @pytest.mark.parametrize("family", QV)
 def test_forward_and_backward_run_on_the_meta_device(family, source_memory) -> None:
-    """Only llama gets masks, because transformers reads a mask's values in the other models, and meta has none."""
+    """Only llama gets masks. In other models transformers reads a mask's values, which a meta tensor does not have."""
     fields = {} if source_memory is None else {"source_memory": source_memory}
     model = fused(family, lora_dropout=0.1, target_modules="all-linear", **fields).to("meta")
     batch = {name: value.to("meta") for name, value in tiny.batch(family, source=source_memory is not None).items()}

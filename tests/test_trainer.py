@@ -93,7 +93,7 @@ def test_accumulation_gives_the_gradient_of_the_large_batch(family: str, tmp_pat
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "xlmr", "llama-classes", "mt5"])
 def test_stock_trainer_gradients_of_four_micro_batches_are_four_times_too_large(family: str, tmp_path: Path):
-    """If this test fails, transformers scales accumulated gradients correctly, and FlareTrainer may not need to."""
+    """If this test fails, transformers scales accumulated gradients correctly, and FlareTrainer need not scale them."""
     data = rows(family, 8, source=False)  # micro-batches of equal sizes, so that only the scale differs
     whole, _ = gradients(Trainer, lora(family), data, tmp_path, micro=8, steps=1)
     parts, _ = gradients(Trainer, lora(family), data, tmp_path, micro=2, steps=4)
@@ -101,7 +101,7 @@ def test_stock_trainer_gradients_of_four_micro_batches_are_four_times_too_large(
 
 
 @pytest.mark.parametrize("family", ["bert", "bert-spans", "llama"])
-def test_accumulation_with_fusing_adapters(family: str, tmp_path: Path):
+def test_accumulation_with_fusing_adapters_gives_the_gradient_of_the_large_batch(family: str, tmp_path: Path):
     data = rows(family, 7)
     whole, _ = gradients(FlareTrainer, flare_model(family), data, tmp_path, micro=7, steps=1)
     parts, _ = gradients(FlareTrainer, flare_model(family), data, tmp_path, micro=2, steps=4)
@@ -110,7 +110,7 @@ def test_accumulation_with_fusing_adapters(family: str, tmp_path: Path):
     assert distance(whole, plain) > 0.1  # FLARE reads the source, plain LoRA does not
 
 
-def test_accumulation_for_a_causal_model_that_ignores_num_items_in_batch(tmp_path: Path):
+def test_accumulation_is_exact_for_a_causal_model_that_ignores_num_items_in_batch(tmp_path: Path):
     """The loss does not predict the first token of a row, so the label of this token must not be counted."""
     data = rows("llama-text", 7, source=False)
 
@@ -198,7 +198,7 @@ def plain_collator() -> FlareDataCollator:
     return FlareDataCollator(tokenizer(), require_source=False)
 
 
-def test_the_default_collator_and_the_users_collator(tmp_path: Path):
+def test_the_users_collator_is_used_and_the_default_collator_fits_the_model(tmp_path: Path):
     args = arguments(tmp_path)
     default = FlareTrainer(model=flare_model("llama"), args=args, processing_class=tokenizer()).data_collator
     assert isinstance(default, FlareDataCollator)

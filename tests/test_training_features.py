@@ -124,7 +124,7 @@ def test_liger_kernels_and_the_adapters_work_together(device) -> None:
 
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("trainer_class", [flare.FlareTrainer, flare.FlareSeq2SeqTrainer, Seq2SeqTrainer])
-def test_label_smoothing_of_an_encoder_decoder(trainer_class, source, tmp_path) -> None:
+def test_label_smoothing_works_for_an_encoder_decoder(trainer_class, source, tmp_path) -> None:
     """With smoothing, the Trainer removes the labels, so the collator must make the decoder's input from the labels."""
     model = flare_model("mt5").eval()
     kind = TrainingArguments if trainer_class is flare.FlareTrainer else Seq2SeqTrainingArguments

@@ -1,4 +1,4 @@
-"""Tests of a fusing adapter that gets no source: it is plain LoRA, and warns once in training, once in prediction."""
+"""Test fusing adapters that get no source: they are plain LoRA, and warn once in training and once in prediction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MESSAGE = "predicts without a source and is plain LoRA"
 
 
 def text(family: str) -> dict[str, Any]:
-    """Return a batch without a source and without labels. mt5 keeps its labels, from which its decoder starts."""
+    """Return a batch without a source and without labels. mt5 keeps its labels, which become its decoder's input."""
     inputs = tiny.batch(family, source=False)
     return {name: value for name, value in inputs.items() if name != "labels" or family == "mt5"}
 

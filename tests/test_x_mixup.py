@@ -1,6 +1,7 @@
-"""Tests of X-Mixup: one block mixes attention of the target over the source into the target's states.
+"""Test X-Mixup, in which one block mixes attention of the target over the source into the target's states.
 
-The mixed states and the losses equal an implementation by hand, and do not depend on padding and on other rows.
+Logits and losses must equal a plain implementation in this file (the functions ``*_by_hand``), and must not
+depend on padding or on other rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests of X-Mixup: model families, generation, checkpointing, saving, training, and invalid arguments."""
+"""Test X-Mixup: model families, generation, checkpointing, saving, training, and invalid arguments."""
 
 from __future__ import annotations
 

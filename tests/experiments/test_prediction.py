@@ -150,7 +150,7 @@ def test_an_existing_output_is_not_replaced(place, tmp_path, capsys):
     file.write_text("mine")
     words = ("--input", place / "texts.jsonl", "--source-input", place / "english.jsonl", "--output", file)
     assert predict(place, *words) == 2
-    assert "is there already" in capsys.readouterr().err and file.read_text() == "mine"
+    assert "already exists" in capsys.readouterr().err and file.read_text() == "mine"
     assert predict(place, *words, "--overwrite") == 0
     assert len(read_jsonl(file)) == 20
 

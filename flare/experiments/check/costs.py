@@ -91,9 +91,9 @@ def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name
     """Return the base's score on rows of the source language.
 
     Args:
-        setup: the base model and its form of the task.
-        pairs: rows of the source language.
-        split: name of their split.
+        setup: the base model, and the form that converts the task's rows for this model.
+        pairs: rows of the source language, as target rows.
+        split: name of the split of these rows.
         batch: rows per batch.
         name: label of the progress bar; None: no bar.
     """

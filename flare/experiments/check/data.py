@@ -18,13 +18,13 @@ from ..tasks.registry import METRICS
 SAMPLE = 5000
 _LONG = 10**6  # a maximum length, in tokens, that cuts no text
 
-_CUT_SHARE = 0.05  # warn if a larger share of the texts is cut
-_SAME_TEXT_SHARE = 0.05  # warn if a larger share of the rows has the same text in both languages
-_UNKNOWN_SHARE = 0.01  # warn if a larger share of the tokens is unknown
+_CUT_SHARE = 0.05  # warn above this share of cut texts
+_SAME_TEXT_SHARE = 0.05  # warn above this share of rows with the same text in both languages
+_UNKNOWN_SHARE = 0.01  # warn above this share of unknown tokens
 _SPLIT_RATIO = 1.5  # warn if the target has more than 1.5 times as many tokens per word as the source
-_FEW = 10  # warn if a label has fewer training rows
-_MAJORITY = 0.8  # warn if one label has a larger share of the training rows
-_PADDING = 0.6  # warn if the longest text fills a smaller share of the fixed width of the batches
+_FEW = 10  # warn if a label has fewer training rows than this
+_MAJORITY = 0.8  # warn if one label has more than this share of the training rows
+_PADDING = 0.6  # warn if the longest text fills less than this share of the fixed width of the batches
 
 
 @dataclass
@@ -107,9 +107,9 @@ def check_data(
     Args:
         target, source: names of the languages.
         splits: split -> its pairs.
-        notes: notes of `load_pairs` about them.
+        notes: notes of `load_pairs` about the pairs.
         setup: tokenizer, form and maximum length.
-        shown: number of training pairs to copy into `examples`, from the start.
+        shown: the first `shown` training pairs are copied into `examples`.
     """
     task = setup.form.task
     check = DataCheck(target, {split: len(pairs) for split, pairs in splits.items()}, list(notes))

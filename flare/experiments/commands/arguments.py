@@ -8,7 +8,7 @@ from typing import Any
 def add_option(group: Any, flag: str, text: str, kind: type = str, metavar: str | None = None, **more: Any) -> None:
     """Add an option to an argument group.
 
-    The parser must have ``argument_default=argparse.SUPPRESS``, so that an option that is not given is missing from its
-    result, and the settings class uses its own default.
+    The parser must have ``argument_default=argparse.SUPPRESS``. Options that the user omits are then missing in the
+    parsed result, so that the settings class uses its defaults.
     """
     group.add_argument(flag, type=kind, metavar=metavar, help=text, **more)

@@ -1,4 +1,7 @@
-"""`flare bench`: run the benchmarks of a checkout, or tune the launches of the kernels for this GPU."""
+"""`flare bench`: run the benchmarks of a checkout, or tune the launches of the kernels for this GPU.
+
+A launch is the configuration with which a kernel is started, such as the sizes of its tiles.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from ..utils.errors import UserError
 from ..utils.extra import installed
 from ..utils.progress import print_line
 
-#: Defaults of --tune: models of the paper or of similar size, and numbers of tokens and ranks, the most used first.
+#: Defaults of --tune, the most used first: models (of the paper or of similar size), tokens per call, and ranks.
 SHAPES = ("llama-3.1-8b", "xlm-r-large", "gemma-2-9b", "mt5-xl")
 TOKENS = (8192, 2048, 512, 1, 256, 32768)
 RANKS = (64, 8, 128)
@@ -41,7 +44,9 @@ def add_parser(commands: Any) -> None:
     bench.add_argument("--shapes", nargs="+", metavar="NAME", help="model shapes to tune for")
     bench.add_argument("--tokens", nargs="+", type=int, metavar="M", help="tokens per call")
     bench.add_argument("--ranks", nargs="+", type=int, metavar="R", help="ranks of the adapters")
-    bench.add_argument("--budget", type=float, metavar="SECONDS", help="after this time, start no further size")
+    bench.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="after this time, do not start to measure further sizes"
+    )
     bench.add_argument(
         "--jobs", type=int, metavar="N", help="compiler processes (default: number of processors minus one)"
     )
@@ -98,7 +103,7 @@ def run_tuner(
         shapes: names in ``flare_kernels.tuning.SHAPES``.
         tokens: numbers of tokens per call to measure, in this order.
         ranks: ranks of the adapters to measure, in this order.
-        budget: seconds, including compilation, after which no further size is started.
+        budget: seconds, including compilation. Later, no measurement of a further size (shape, tokens, rank) starts.
         jobs: compiler processes (default: number of processors minus one).
         output: file to write. The default is in the user's cache, where later processes find it.
         overwrite: replace an existing table instead of raising.

@@ -1,4 +1,4 @@
-"""List what this machine can run, and what is missing for the rest: the second half of `flare info`."""
+"""List which features this machine can run, and why others cannot run: the second half of `flare info`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OPTIONAL = {
     "trl": "trl",
 }
 
-#: Formats of quantised bases in addition to bitsandbytes (docs/bases.md). Each is a format, the module that it needs,
-#: the package that has the module, and whether the format needs a CUDA device.
+#: Formats of quantised bases in addition to bitsandbytes (docs/bases.md), each with the module that it needs, the
+#: package that contains the module, and whether the format needs a CUDA device.
 FORMATS = (
     ("GPTQ, AWQ", "gptqmodel", "gptqmodel", False),
     ("AQLM", "aqlm", "'aqlm[gpu]'", True),
@@ -161,7 +161,7 @@ def _commands() -> Iterable[Capability]:
 
 
 def _sentencepiece(need: str) -> str:
-    """Return what a feature needs, if sentencepiece is missing, and how to install it; else an empty text."""
+    """Return `need` and how to install sentencepiece. Return an empty text if sentencepiece is installed."""
     if installed("sentencepiece"):
         return ""
     return f"{need}; sentencepiece, which models without a tokenizer.json need, is missing: pip install sentencepiece"

@@ -1,6 +1,6 @@
 """FlareLM extends HFLM (lm-evaluation-harness's class for transformers models) for adapters that fuse two texts.
 
-Such an adapter reads the prompt of a request and a source prompt, which is the prompt in English, for example.
+Such an adapter reads the prompt of a request together with a source prompt, such as the same prompt in English.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
     training: they are padded on the left, and continuations are padded on the right. A continuation that is scored is
     also appended to the source prompt. If the continuation is one of the document's texts, the source of that text is
     appended instead. Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves
-    as HFLM.
+    like HFLM.
 
     Args:
         pretrained: folder or hub id of the base model, or a loaded model (also a ``PeftModel``).
@@ -218,10 +218,10 @@ class FlareLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Return the input ids and the attention mask of a batch, as HFLM does.
+        """Return the input ids and the attention mask of a batch.
 
-        If sources are read, pad prompts and source prompts to one length, and store the source ids and their mask for
-        :meth:`_model_generate`.
+        If no sources are read, HFLM computes both. Otherwise prompts and source prompts are padded to one length, and
+        the source ids and their mask are stored for :meth:`_model_generate`.
         """
         if self.sources is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)  # type: ignore[no-any-return]

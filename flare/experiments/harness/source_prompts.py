@@ -36,8 +36,8 @@ class SourcePrompts:
         file: rows in the source language (.jsonl, .json, .csv, .tsv, .parquet); ``{task}`` stands for the task's name.
         columns: names of the columns whose texts are replaced. None: all columns with texts that both the document and
             its source have.
-        template: Jinja template of the source prompt, or a file with one. Its variables are the document's columns,
-            with the source texts in place of the document's texts.
+        template: Jinja template of the source prompt, or a file that holds the template. Its variables are the
+            document's columns, with the source texts in place of the document's texts.
         id_column: name of the column with the ids, in the documents and in the file.
 
     Raises:

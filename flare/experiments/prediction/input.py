@@ -121,7 +121,10 @@ def _require_columns(names: Sequence[str], columns: Sequence[str], where: str, o
 
 
 def _texts(row: Row, names: dict[str, str], where: str) -> Texts:
-    """Return a dict from the task's column to the text of a row. A missing text is empty; a list of words is joined."""
+    """Return a dict from the task's column to the text of a row.
+
+    A missing text becomes "". A list of words is joined with spaces.
+    """
     return {
         column: text_of(row.get(name), f"{where}: {name}", numbers=False, word_lists=True)
         for column, name in names.items()

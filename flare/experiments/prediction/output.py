@@ -1,4 +1,4 @@
-"""Write the output of `flare predict` after the last batch.
+"""Write the output file of `flare predict` after the last batch.
 
 Until then, finished batches are saved in a second file, so that an interrupted command can resume.
 """
@@ -28,7 +28,8 @@ class FinishedBatches:
 
     Args:
         output: the file that is written at the end.
-        header: everything that determines the predictions, as JSON values. A call resumes if its header is equal.
+        header: everything that determines the predictions, as JSON values. A call resumes only if the header
+            in OUTPUT.partial is equal.
 
     Attributes:
         done: the finished batches, in order. A batch is the list of its predictions.
@@ -135,7 +136,7 @@ def check_output(name: str, overwrite: bool) -> Path | None:
     if path.is_dir():
         raise UserError(f"--output {name} is a folder; name a file")
     if path.exists() and not overwrite:
-        raise UserError(f"--output {name} is there already and was not changed; name another file, or add --overwrite")
+        raise UserError(f"--output {name} already exists and was not changed; name another file, or add --overwrite")
     return path
 
 

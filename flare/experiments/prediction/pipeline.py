@@ -1,4 +1,4 @@
-"""FlarePipeline predicts texts. It reads their source texts, which the caller passes or the pipeline translates."""
+"""FlarePipeline predicts texts. The caller passes their source texts, or the pipeline makes them by translation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Prediction = dict[str, Any]
 class FlarePipeline:
     """A trained adapter that predicts, with the options of `flare predict`.
 
-    It gives the same predictions as `flare evaluate`.
+    Predictions are the same as in `flare evaluate`.
 
         predict = flare.FlarePipeline.from_pretrained("runs/acehnese/flare/seed-0")
         predict("Nyan hana got.", "That is not good.")      # {"prediction": "negative", "probability": ..., ...}
@@ -148,8 +148,8 @@ class FlarePipeline:
         Args:
             rows: the texts.
             given: for each row, the source texts that the user passed, or None.
-            where: the file or the columns that the given sources come from, for messages. If it is None, a line about
-                the source is printed only if given sources are not read.
+            where: the file or the columns that the given sources come from, for messages. If it is None, the line about
+                the source is printed only if sources are given that the adapter does not read.
             progress_file, on_progress, share: see :func:`.source_texts.translate`.
         """
         with_text = [index for index, row in enumerate(rows) if has_text(row)]
@@ -178,7 +178,7 @@ class FlarePipeline:
     def pairs(
         self, rows: Sequence[Texts], sources: Sequence[Texts | None], ids: Sequence[str] | None = None
     ) -> list[Pair]:
-        """Return one pair per row: an example with the row's texts, and one with its source texts or None."""
+        """Return one pair per row: an example with its texts, and an example with its source texts (or None)."""
         names = [str(index) for index in range(len(rows))] if ids is None else ids
         tagged = self.trained.task.kind == "token-classification"  # the words to tag are separated by spaces
         return [
@@ -195,7 +195,8 @@ class FlarePipeline:
         Args:
             pairs: pairs whose target texts are not empty.
             first: index of the first pair to predict, a multiple of the batch size.
-            share: whether the processes of this run divide the batches among themselves. All must pass the same pairs.
+            share: whether the processes of this run divide the batches among themselves. Every process must pass the
+                same pairs.
         """
         trained = self.trained
         reads = trained.reads == "text" and not self.settings.no_source

@@ -45,7 +45,7 @@ class PipelineSettings:
         choices=("lora", "input-fusion"),
     )
     prompt: str | None = option(
-        "str", "prompt of an adapter of a decoder without a run; {column} stands for the text of a column"
+        "str", "prompt of a decoder, if the adapter belongs to no run; {column} stands for the text of a column"
     )
     text_columns: tuple[str, ...] | None = option(
         "strs", "text columns of the input (default: text columns of the task)"

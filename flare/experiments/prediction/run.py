@@ -28,7 +28,7 @@ def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> N
     Args:
         settings: the options.
         print_fn: prints a line for the user: the source text in use, truncated rows, progress, and the scores if the
-            rows have labels. If predictions are written to standard output, it must print elsewhere.
+            rows have labels. If predictions are written to standard output, print_fn must print elsewhere.
 
     Raises:
         UserError: an error that the user can fix. Finished batches are saved, and the next call resumes after them.

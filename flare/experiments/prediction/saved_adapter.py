@@ -121,7 +121,7 @@ def _method(folder: Path, config: dict[str, Any], settings: PipelineSettings) ->
 def _labels_of(folder: Path, base: str) -> tuple[str, ...] | None:
     """Return the labels in the base's configuration.
 
-    Return None if they are not named, or if their number differs from the number of classes of the adapter's head.
+    Return None if they are unnamed (LABEL_0, ...) or if their number differs from the adapter head's number of classes.
     """
     from transformers import AutoConfig
 

@@ -62,8 +62,9 @@ def translate(
         rows: the texts of each row.
         progress_file: file that saves finished batches, so that a later call skips them. None in all processes except
             the main process.
-        on_progress: called with the number of texts that are translated and the number of all texts.
-        share: whether the processes of this run divide the batches among themselves. All must pass the same rows.
+        on_progress: called with the number of pieces of text that are translated so far, and the number of all pieces.
+        share: whether the processes of this run divide the batches among themselves. Every process must pass the same
+            rows.
 
     Returns:
         The translated texts of each row, and notes on how many texts were cut.

@@ -1,8 +1,8 @@
 """Write and read activations.npz: the activations of one bottleneck at each token position.
 
-The bottleneck is that of the first query projection. Its activations, each of rank r, are S for the source text and T
-for the target text. The file holds their averages over rows and the activations of single rows, and the report draws
-them. This module imports no code for models.
+The bottleneck is the output of A in the first query projection, r numbers for each token. It is called S for the
+source text and T for the target text. The file holds the averages of S and T over many rows, and S and T of a few
+single rows. The report draws both. This module imports no code for models.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Averages:
 
     counts: (m,) number of rows that have a token at each position.
     before, after: (m, r) mean activation of these rows, before and after ReLU.
-    before_spread, after_spread: (m,) standard deviation between these rows. The value of a row is the mean of its r
-        activations, before and after ReLU.
+    before_spread, after_spread: (m,) standard deviation over these rows. Each row counts with one number, the mean of
+        its r activations, before and after ReLU.
     """
 
     counts: np.ndarray

@@ -20,7 +20,7 @@ from .activations import INSTANCES, Activations, Instance, RowCollector
 
 @dataclass
 class _Recorded:
-    """Activations of one layer by position: its fusion function, and its rows of the source (S) and target (T)."""
+    """The name of one layer's fusion function, and the layer's S and T of every row, by position."""
 
     fusion: str = ""
     S: RowCollector = field(default_factory=RowCollector)
@@ -46,9 +46,10 @@ def measure_bottleneck(
         autocast: dtype of mixed precision; None: no mixed precision.
 
     Returns:
-        (sizes, activations). sizes is {"layers": [name of each fusing projection in the base model], "S": [its mean
-        |S|], "T": [its mean |T|]} in the model's order, without padding tokens, or None if no layer fused. activations
-        is None if the first query projection did not fuse, or if its source has no tokens (FLARE MT).
+        (sizes, activations). sizes is {"layers": [names of the fusing projections in the base model, in its order],
+        "S": [mean |S| of each projection], "T": [mean |T| of each projection]}, or None if no layer fused. The means
+        exclude padding tokens. activations is None if the first query projection did not fuse, or if its source has no
+        tokens (FLARE MT).
     """
     totals: dict[str, list[float]] = {}  # layer -> sum of |S|, numbers in S, sum of |T|, numbers in T
     masks: dict[str, Tensor | None] = {}
@@ -60,7 +61,7 @@ def measure_bottleneck(
         def record(module: FlareLayer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x, slot = arguments[0] if arguments else keywords["x"], THREAD.slot
             if slot.met is not None and module in slot.met:
-                return  # a second call in the same block reads something other than tokens (flare.source.carrier)
+                return  # in a second call in the same block, the input is not a text (flare.source.carrier)
             for adapter in module.active_here():
                 fusion, x_source, S = module.source_of(adapter, slot.context)
                 if fusion is None:
@@ -95,7 +96,7 @@ def measure_bottleneck(
             batch = batch.to(device)
             for name in ("target", "source"):
                 mask = batch.get("attention_mask" if name == "target" else "source_attention_mask")
-                masks[name] = mask.flatten(0, -2) if mask is not None else None  # one row per choice
+                masks[name] = mask.flatten(0, -2) if mask is not None else None  # multiple choice: one row per choice
             with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
                 model(**batch)
     finally:
@@ -113,7 +114,7 @@ def measure_bottleneck(
 
 
 def _first_query(names: Sequence[str]) -> str | None:
-    """Return the name of the first query projection: the first whose last part is query, q_proj, q, Wqkv or similar."""
+    """Return the first name whose last part is that of a query projection: query, q_proj, q, Wqkv or similar."""
     return next((name for name in names if re.fullmatch(r"(w?q.*|c_attn)", name.rpartition(".")[2].lower())), None)
 
 
@@ -139,7 +140,7 @@ def _rows_of(value: Tensor, mask: Tensor | None) -> list[Any]:
 
 
 def _token_ids(batch: Any) -> list[dict[str, list[int]]]:
-    """Return the token ids of both streams of each row, without padding."""
+    """Return, for each row of a batch, stream ("target", "source") -> its token ids, without padding."""
     streams = {}
     for stream, prefix in (("target", ""), ("source", "source_")):
         if f"{prefix}input_ids" in batch:

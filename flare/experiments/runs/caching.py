@@ -1,4 +1,7 @@
-"""Decide before a run whether to cache its source states between epochs (`--source-cache`)."""
+"""Decide before a run whether to cache its source states between epochs (`--source-cache`).
+
+Source states are the hidden states of the source texts in the frozen model, which an adapter fuses.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class CachePlan:
     """Whether a run caches its source states.
 
     cache: the source cache; None if the run has no cache.
-    facts: facts for run.json (`RunRecord.data`).
+    facts: the value of "source_cache" in run.json (`RunRecord.data`).
     note: note for the user; empty if there is nothing to say.
     """
 

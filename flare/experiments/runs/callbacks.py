@@ -214,7 +214,7 @@ def measure_step(trainer: Trainer) -> tuple[int, int]:
     The peak counts parameters, buffers, optimizer state, the batch, activations and gradients. The saved bytes exclude
     parameters, buffers and the batch, which exist anyway. The step is not timed, and it changes the weights.
     """
-    gc.collect()  # otherwise the peak on a GPU includes memory that reference cycles of earlier methods still hold
+    gc.collect()  # otherwise the peak on a GPU includes memory that reference cycles of earlier runs still hold
     model, optimizer = trainer.model, trainer.optimizer
     batch = next(iter(trainer.get_train_dataloader()))
     fixed = [*model.parameters(), *model.buffers(), dict(batch)]

@@ -1,4 +1,4 @@
-"""Note whether a fine-tuned base is not better than chance on its source language."""
+"""Warn if a fine-tuned base scores no better than chance on its source language."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .records import read_run
 
 
 def chance_notes(folder: Path) -> list[str]:
-    """Return a note if a fine-tuned base is not better than chance on its source language, else an empty list.
+    """Return a list with one note if a fine-tuned base is at chance level on its source language, else an empty list.
 
-    When a base counts as not better than chance depends on the task's metric:
-        accuracy: it is at most one standard error above the accuracy of always predicting the most frequent label.
-        exact match: it is 0, and F1 is below 5.
-        entity F1: it is 0, as if no word belonged to an entity.
-        micro F1 (multi-label): it is at most the highest micro F1 that predicting one set of labels (possibly the empty
-            set) for every row can reach.
-        Pearson: it is at most one standard error above 0, the correlation of unrelated numbers.
+    The base is at chance level if its score is this low:
+        accuracy: at most one standard error above the accuracy of always predicting the most frequent label.
+        exact match: 0, with an F1 below 5.
+        entity F1: 0, as if no word belonged to an entity.
+        micro F1 (multi-label): at most the highest micro F1 that predicting one set of labels (possibly the empty set)
+            for every row can reach.
+        Pearson: at most one standard error above 0, the correlation of unrelated numbers.
     """
     run = read_run(folder)
     tested = run.metrics.test.get("source-language")

@@ -19,7 +19,7 @@ from ..utils.json_files import read_object
 from .run_folder import CHECKPOINTS
 
 STATE_FILE = "trainer_state.json"  # the trainer writes it last
-#: Part of a checkpoint -> file patterns, one of which must match. FSDP, DeepSpeed and XLA write the later ones.
+#: Part of a checkpoint -> file patterns, one of which must match. Later patterns are for FSDP, DeepSpeed and XLA.
 _PARTS = {
     "weights": ("adapter_model.*", "*/adapter_model.*", "model*.safetensors", "pytorch_model*", "global_step*"),
     "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer*/", "global_step*", "rank*-optimizer.pt"),
@@ -32,8 +32,8 @@ def last_checkpoint(folder: Path, print_fn: Callable[[str], None]) -> Path | Non
     """Return the newest complete checkpoint of a run, or None.
 
     A checkpoint whose writing was interrupted is deleted, and a damaged checkpoint is renamed. Both are reported. A
-    checkpoint is also skipped if it names a best checkpoint that is lost, because the run could then not end with its
-    best weights.
+    checkpoint is also skipped if the best checkpoint that it names is damaged or missing, because the run could then
+    not end with its best weights.
 
     Args:
         folder: folder of the run.

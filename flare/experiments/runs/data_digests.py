@@ -14,7 +14,7 @@ def record_digests(folder: Path, digests: Mapping[str, str]) -> None:
     """Write the digests of a run's data into its run.json, before training.
 
     Raises:
-        UserError: the run would resume from a checkpoint, and its rows have changed since.
+        UserError: the run would resume from a checkpoint, and its rows have changed since the run began.
     """
     record = read_record(folder)
     changed = _changed(record.data.get("digest") or {}, digests)
@@ -33,10 +33,10 @@ def note_changed_rows(folder: Path, name: str, digests: Mapping[str, str]) -> li
     Args:
         folder: folder of the run.
         name: name of the run, for the notes.
-        digests: digests of the current rows, by split.
+        digests: rows ("train", "train/gold", "test", ...) -> digest of the current version of these rows.
 
     Returns:
-        One note for each split that has changed.
+        One note for each digest that has changed.
     """
     record = read_record(folder)
     changed = _changed(record.data.get("digest") or {}, digests)

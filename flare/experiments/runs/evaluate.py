@@ -1,6 +1,8 @@
-"""`flare evaluate`: score a base (zero-shot, translate-test) and adapters (translate-train) on the test split.
+"""`flare evaluate`: score bases and adapters on the test split.
 
-These three kinds of evaluation are called settings, as in the option --setting.
+There are three kinds of evaluation, called settings as in the option --setting. zero-shot scores the base on the texts
+in the target language, translate-test scores the base on the same texts in the source language, and translate-train
+scores the adapters.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _COLUMNS = ("source_column", "target_column")
 
 
 def run_evaluate(settings: EvaluateSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
-    """Evaluate on the test split. Evaluations whose results exist already are skipped.
+    """Evaluate on the test split. Skip evaluations that already have results.
 
     Returns:
         The folders with the results.
@@ -73,7 +75,7 @@ class _Evaluation:
         self.failed: list[tuple[str, str]] = []
 
     def run(self) -> list[Path]:
-        """Evaluate everything. After all possible results are written, raise the errors that occurred."""
+        """Run all evaluations, then raise one UserError with the messages of the failed evaluations."""
         for setting in self.settings.setting:
             if setting == "translate-train":
                 self._try(setting, self._adapters)
@@ -339,7 +341,8 @@ class _Evaluation:
 def _source_only(pair: Pair) -> Pair:
     """Return the pair's source row as a target row.
 
-    A missing class label is taken from the target row. A missing answer is not, because it is part of a text.
+    A missing class label is taken from the target row. A missing answer stays missing, because the target's answer is a
+    part of the target text.
     """
     assert pair.source is not None
     return Pair(replace(pair.source, label=pair.source.label or pair.target.label))

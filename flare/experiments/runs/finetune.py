@@ -190,7 +190,7 @@ def _digests(data: Data) -> dict[str, str]:
 def _rows(data: Data, split: str, needed: bool = True) -> tuple[list[Pair] | None, list[str]]:
     """Return the source language's rows of a split, and notes about them.
 
-    If the split is missing, return None for a split that is not needed: "valid", or any split with ``needed=False``.
+    Return None for the rows if the split is missing and optional ("valid", or any split with ``needed=False``).
     """
     if (split == "valid" or not needed) and not data.has(data.source, split):
         return None, []

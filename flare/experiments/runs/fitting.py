@@ -1,6 +1,6 @@
 """Train one model: training arguments, choice of the best checkpoint, resuming, and measured costs.
 
-A *recipe* (`flare.recipes`) holds the paper's settings. The user's TrainingArguments override those of the recipe.
+A *recipe* (`flare.recipes`) holds the paper's settings. The user's TrainingArguments override the recipe's.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class ExperimentTrainer(FlareTrainer):
         self.add_callback(self.losses)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a training step and add its loss for ``train_loss``."""
+        """Run a training step, and add its loss to the sum from which ``train_loss`` is computed."""
         loss = super().training_step(*args, **kwargs)
         self.losses.add(loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as FlareTrainer does, with a final ``train_loss`` that includes the steps before a resume."""
+        """Log the values. After a resume, the final ``train_loss`` also includes the steps before the resume."""
         if "train_loss" in logs and self.losses.resumed:
             logs["train_loss"] = self.losses.mean(self.state.global_step)
         super().log(logs, start_time)
@@ -76,7 +76,7 @@ class ExperimentTrainer(FlareTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.has_source is None:
             return super()._get_train_sampler(train_dataset)
-        # of the batches that the processes compute at the same time, all must have a source, or none
+        # the batches that the processes compute at the same time must either all have a source or all lack one
         return OneKindSampler(self.has_source, self.args.per_device_train_batch_size * process_count(), self.args.seed)
 
 
@@ -150,9 +150,9 @@ def batch_size(values: Mapping[str, Any]) -> int:
 def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
     """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same rows for any number of processes. The batch size is kept if possible, because it fits the memory
-    of one process: with more processes, each computes fewer batches per step. Only if this is not enough, its batches
-    become smaller.
+    A step has the same rows for any number of processes. With more processes, each process computes fewer batches per
+    step. The batches become smaller only if the rows could not be shared equally otherwise. They never become larger,
+    because then they might not fit the memory of one process.
 
     Args:
         values: result of :func:`training_values`, for a single process.
@@ -187,7 +187,7 @@ def training_arguments(
         given: name -> value of the fields that the user set.
 
     Raises:
-        UserError: the values do not fit together.
+        UserError: TrainingArguments rejects the values, or they need a validation split that the data do not have.
     """
     defaults: dict[str, Any] = {
         "report_to": "none",
@@ -292,7 +292,7 @@ def fit(
         )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
-        # with a cache, the trainer's collator may pad to another width, and the cache's keys include the width
+        # with a cache, the trainer's collator may pad to another width; validation rows are found only with this width
         predictor.collator = trainer.data_collator
     set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, print_fn))

@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def train_source(self) -> str | None:
-        """Source text in training. It is gold if the target text is "mt", because that was translated from it."""
+        """Source text in training: "gold" for the target text "mt", which was translated from the gold source text."""
         return "gold" if self.source_text is not None and self.target_text == "mt" else self.source_text
 
 
@@ -79,7 +79,7 @@ def read_grid(settings: Any, bases: dict[int, Base], notes: Notes) -> tuple[Any,
 
 
 def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, ...] | None:
-    """Return the labels that the bases were fine-tuned on.
+    """Return the labels that the bases were fine-tuned on, or None if no run.json records labels.
 
     Raises:
         UserError: the bases were fine-tuned on another task, language or list of labels.
@@ -108,10 +108,10 @@ def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, .
 
 
 def form_of(settings: TrainSettings, bases: dict[int, Base]) -> str | None:
-    """Return the form (kind of model) that the bases were fine-tuned in, or else the user's.
+    """Return the form (kind of model) that the bases were fine-tuned in. If none is recorded, return the user's form.
 
     Raises:
-        UserError: the user names another form, which would have an untrained head.
+        UserError: the user's form differs from the recorded form, so the base would get an untrained head.
     """
     for base in bases.values():
         trained = None if base.record is None else base.record.settings.get("family")

@@ -1,4 +1,8 @@
-"""Rows of FLARE MT, which hold the MT encoder's states of the target text, computed once per split."""
+"""Compute the rows of FLARE MT, once per split.
+
+FLARE MT fuses the states of an MT encoder, which reads the target text, in place of a source text. The rows hold these
+states.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
 from ..utils.progress import counter
 
-#: Bytes of states kept in memory; further states go to a file, from which batches are read.
+#: Maximum bytes of states in memory. Further states are written to a file, from which batches are read.
 IN_MEMORY = 1 << 30
 _BATCH = 32
 
@@ -61,13 +65,13 @@ def add_states(
         rows: model rows.
         texts: the target text of each row.
         encoder: the MT encoder.
-        folder: folder of a temporary file for the states that exceed `IN_MEMORY` bytes. The file has no name. It is
-            deleted with the rows, and also if the process is killed.
+        folder: folder of a temporary file for the states that exceed `IN_MEMORY` bytes. The file has no name, so it is
+            deleted when the rows are freed or the process ends.
         name: label of the progress bar; None: no bar.
     """
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
     all_states: list[Any] = [None] * len(texts)
-    # of the states in the file: row, offset (counted in numbers, not bytes) and shape
+    # (row, offset, shape) of the states of each row in the file; the offset counts numbers, not bytes
     in_file: list[tuple[int, int, tuple[int, ...]]] = []
     size = written = 0
     with contextlib.ExitStack() as stack:

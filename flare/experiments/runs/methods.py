@@ -1,4 +1,7 @@
-"""Build and load the model of each of the paper's methods, and make the collator of its batches."""
+"""Build and load the model of each of the paper's methods, and make the collator of its batches.
+
+A *form* (`flare.experiments.tasks.forms`) converts a task's examples to model rows.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +46,11 @@ def build(
 
     Args:
         method: a name in `flare.experiments.runs.run_settings.METHODS`.
-        setup: the base model and its form of the task.
+        setup: the base model, and the form of the task for this model.
         adapter: name -> value of FlareConfig's fields.
         fusion: fusion function of flare and flare-mt; None for other methods.
         latent_dim: width of the MT encoder of flare-mt; None for other methods.
-        mixup_layer: index of the block in which x-mixup mixes; None: the middle block.
+        mixup_layer: index of the block in which x-mixup mixes both texts; None: the middle block.
 
     Raises:
         UserError: the method does not work on this model; the message gives the reason.
@@ -76,7 +79,7 @@ def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _ADVICE) -
 
     Args:
         record: run.json of the run that trained the adapters.
-        setup: the base model and its form of the task.
+        setup: the base model, and the form of the task for this model.
         folder: folder of the saved adapter.
         advice: end of the error message: what to do if the adapter cannot be used.
 
@@ -117,7 +120,7 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
 def for_method(method: str, setup: Setup) -> Setup:
     """Return the setup for a method.
 
-    Input-level fusion in a generating model gets a form that writes both texts into one prompt.
+    Only input-level fusion in a generating model changes the setup. Its form writes both texts into one prompt.
 
     Raises:
         UserError: the method does not support the task.

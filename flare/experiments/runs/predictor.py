@@ -1,4 +1,4 @@
-"""Predictions of a model on the rows of a split: from logits for encoders, by greedy generation for other models."""
+"""Predict the rows of a split: from the logits of an encoder, or by greedy generation with another model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Predictor:
     form: result of `flare.experiments.tasks.make_form`.
     collator: the method's collator.
     pairs: the target rows of the split, each with its source row if there is one.
-    rows: evaluation row of the form for each pair.
+    rows: for each pair, its model row from the form's `eval_rows`.
     batch_size: rows per batch.
     autocast: dtype of mixed precision; None: no mixed precision.
     name: label of the progress bar; None: no bar.
@@ -116,7 +116,7 @@ class Predictor:
             logits = model(**batch).logits
             check_logits(logits, _ids(pairs))
             return list(self.form.predictions(logits, pairs))
-        # the collator adds the length of what it puts in front of a row to position 0, so `starts` is where rows begin
+        # the collator shifts answer positions by what it puts in front of a row, so 0 becomes the start of the row
         batch = self.collator([{**row, **dict.fromkeys(_POSITIONS, 0)} for row in rows]).to(device)
         starts = batch.pop("start_positions").tolist()
         batch.pop("end_positions")

@@ -15,7 +15,7 @@ from ..utils.processes import process_count
 from .run_settings import Settings
 from .setup import Data, Setup
 
-# Field of FlareConfig -> its own command-line flag.
+# Field of FlareConfig -> the command-line flag that sets it.
 _FLAGS = {
     "r": "--r",
     "lora_alpha": "--alpha",
@@ -39,7 +39,7 @@ def adapter_fields(
     alpha defaults to 2 r, because the paper uses alpha = 128 with r = 64.
 
     Raises:
-        UserError: a name in `more` is not a field of FlareConfig, or has its own flag.
+        UserError: a name in `more` is not a field of FlareConfig, or another flag sets this field.
     """
     known = {one.name for one in fields(FlareConfig)}
     for name in more or {}:

@@ -24,7 +24,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
 DIVERGED = "diverged"
-#: Text in every note that says that rows have changed since a finished run was scored.
+#: Words in every note about rows that have changed since a finished run was scored.
 STALE = "its results are of other data:"
 
 

@@ -21,7 +21,7 @@ from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
-_LOCK_SECONDS = 0.5  # the lock is tried again for this time: another process may just be deleting the lock file
+_LOCK_SECONDS = 0.5  # retry for this long, because another process may just be deleting the lock file
 # Settings that have no effect on the result.
 _NO_EFFECT = {
     "dataloader_num_workers",

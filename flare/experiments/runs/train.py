@@ -1,6 +1,7 @@
-"""Train every method on every target language and seed, each from the fine-tuned base of its seed: `flare train`.
+"""`flare train`: train every method on every target language with every seed.
 
-All runs of one command are called the grid (:mod:`flare.experiments.runs.grid`).
+Each run starts from the base that was fine-tuned with the same seed. All runs of one command are called the grid
+(:mod:`flare.experiments.runs.grid`).
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class _Run:
         self.latent: Any = None
 
     def run(self) -> Path:
-        """Train and evaluate unless the run is done; return its folder."""
+        """Train and evaluate, or skip a finished run. Return the run's folder."""
         record = self._record()
         with locked(self.folder):
             state = on_main(lambda: open_run(self.folder, record, self.settings.resume, self.print_fn))

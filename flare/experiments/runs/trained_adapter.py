@@ -81,7 +81,7 @@ def batch_and_autocast(
 
 
 def to_device(model: Any, setup: Setup, device: torch.device) -> Any:
-    """Return the model on a device; a quantised model is already on it, because loading places it."""
+    """Return the model on a device; a quantised model is returned unchanged, because loading has placed it."""
     return model if setup.recipe.quantization is not None else model.to(device)
 
 

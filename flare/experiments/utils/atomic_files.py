@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            # if the file system has no locks, abandoned files are not removed either
+            # a file system without locks raises here and in _remove_abandoned, which then removes nothing
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file

@@ -49,7 +49,7 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
                 f"{what}: the folder has its own code, which the commands of flare do not run; use a model whose "
                 "architecture is in transformers, or call flare.fast_lora in Python"
             ) from error
-        if "ignore_mismatched_sizes" in text:  # the text of transformers refers to a report in its log
+        if "ignore_mismatched_sizes" in text:  # transformers' own message only refers to its log
             raise kind(
                 f"{what}: its weights have other shapes than its config.json says; the files belong to different models"
             ) from error

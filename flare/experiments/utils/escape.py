@@ -1,4 +1,4 @@
-"""Escape text for Markdown, LaTeX, CSV and one line of a terminal."""
+"""Escape text for Markdown, LaTeX and CSV, and fit it into one line of a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LATEX = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "→": r"$\rightarrow$",
-    # directly after a line break (\\), these would start an optional argument of it
+    # directly after a line break (\\), LaTeX would read these as an argument of the line break
     "[": "{[}",
     "*": "{*}",
 }

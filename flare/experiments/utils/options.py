@@ -1,4 +1,4 @@
-"""Read settings from flags and from a YAML file. One dataclass defines the names of both.
+"""Read settings from flags and from a YAML file. One dataclass defines the flags and the keys of the file.
 
 A settings class is a dataclass whose fields are created by :func:`option`. The field's name is the YAML key and, with
 dashes, the flag. The command line overrides the file. A name that is not an option must be a field of
@@ -86,7 +86,7 @@ def parse_bytes(text: str | None, where: str) -> int | None:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool) -> None:
-    """Add the options of a settings class to a parser. Its result lacks the options that the user does not give."""
+    """Add the options of a settings class to a parser. Options that the user omits are missing in the parsed result."""
     group = parser.add_argument_group("options")
     for one in fields(kind):
         if "kind" not in one.metadata:

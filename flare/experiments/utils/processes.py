@@ -67,9 +67,9 @@ def on_main(call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def errors_reach_all() -> Iterator[None]:
-    """Raise a UserError of one process in the other processes too, as soon as they wait for this process.
+    """Raise a UserError of one process in the other processes too, as soon as they wait for the failing process.
 
-    Without this context, the failing process ends and the launcher ends the others.
+    Without this context, the failing process ends and the launcher ends the other processes.
     """
     try:
         yield
@@ -82,9 +82,9 @@ def errors_reach_all() -> Iterator[None]:
 def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
     """Yield every item with its result, in order and in every process. Each of n processes computes every n-th item.
 
-    The processes exchange results after each round of one item per process. The results equal those of a single
+    The processes exchange results after each round of one item per process. The results equal the results of a single
     process bit for bit if an item is a batch whose content does not depend on the number of processes. The models of
-    the processes must not communicate: use the model inside DDP's wrapper, and do not use FSDP.
+    the processes must not communicate, so `work` must call the model inside the DDP wrapper and must not use FSDP.
 
     Args:
         items: the items, which must be the same in every process.
@@ -117,7 +117,7 @@ def prints_errors() -> bool:
 
 
 def leave_group() -> None:
-    """Destroy the process group. Call it only after success, because otherwise it may wait for an ended process."""
+    """Destroy the process group. Call it only after success: after an error, it may wait for an ended process."""
     if process_count() > 1:
         _state().destroy_process_group()
 
