@@ -111,7 +111,7 @@ class _Series:
     host_s: list[float] = field(default_factory=list)
 
     def run(self, call: Callable[[], object], device: torch.device, queue_ahead: bool) -> None:
-        """Time one round. It has one call, and with ``queue_ahead`` on a GPU a second call for the device seconds."""
+        """Time one round: one call, and on a GPU with ``queue_ahead`` a second call for the device seconds."""
         on_gpu = device.type == "cuda"
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         _synchronize(device)

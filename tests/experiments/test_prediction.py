@@ -123,8 +123,8 @@ def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
         counted("translated")
         return translated(self, pieces)
 
-    def batches(self, *given, **options):
-        for batch in predicted(self, *given, **options):
+    def batches(self, *arguments, **options):
+        for batch in predicted(self, *arguments, **options):
             counted("predicted")
             yield batch
 

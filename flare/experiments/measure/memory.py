@@ -117,7 +117,7 @@ class SavedBytes:
 
     Attributes:
         total: bytes that autograd saved for the backward pass.
-        storages: number of storages that hold them.
+        storages: number of storages that hold these bytes.
     """
 
     total: int = 0
@@ -148,7 +148,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
         new = storages.add(tensor)
         result.total += new
         result.storages += new > 0
-        # An autograd node must not hold its own output with its graph: the two would never be freed.
+        # An autograd node must not hold its own output with its graph, because neither would ever be freed.
         return tensor.detach()
 
     try:
@@ -159,7 +159,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
 
 
 def transient_bytes(call: Callable[[], object], *, device: torch.device | str | None = None) -> int:
-    """Return the bytes that a call needs for a while only.
+    """Return the bytes that a call needs only temporarily.
 
     This is the peak during the call minus the bytes that are still alive when it returns: its result, and the tensors
     saved for the backward pass.

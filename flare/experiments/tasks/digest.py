@@ -24,7 +24,7 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
                 list(row.texts.items()),
                 row.label,
                 [[answer.text, answer.start] for answer in row.answers],
-                *([row.words] if row.words else []),  # rows without words have the same digest in earlier versions
+                *([row.words] if row.words else []),  # left out if empty: earlier versions had no words
             ]
             for row in rows
         ]

@@ -60,7 +60,7 @@ def has_split(task: Task, data: Data, language: str, split: str) -> bool:
 def resolve_labels(task: Task, data: Data, language: str) -> Task:
     """Return the task with labels. If it has no labels yet, they are taken from a language's training rows.
 
-    Names are sorted alphabetically, integers by value.
+    Class names are sorted alphabetically, integers by value. Of IOB2 tags, O comes first.
 
     Raises:
         DataError: labels look like mistakes; see `label_inference.inferred_labels`.
@@ -105,7 +105,8 @@ def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[st
     languages of a task's data set on the hub are those that NLLB can translate.
 
     Raises:
-        UserError: the data set's languages are not known to this package, or no language is left.
+        UserError: `data` is `ParallelColumns`, the data set's languages are not known to this package, or the source is
+            the only language.
     """
     folder = None if isinstance(data, ParallelColumns) else _folder(data)
     notes: list[str] = []

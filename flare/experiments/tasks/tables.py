@@ -48,7 +48,7 @@ class Table:
 
 
 def find_tables(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
-    """Return the tables called `name` in a folder; for a sharded table, its first shard."""
+    """Return the paths of the tables called `name` in a folder; for a sharded table, the path of its first shard."""
     paths = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").is_file()]
     for suffix in suffixes:
         paths += sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))[:1]
@@ -86,7 +86,7 @@ def read_table(path: Path) -> Table:
 
 
 def check_keys(rows: Sequence[dict[str, Any]], columns: Sequence[str], where: str) -> None:
-    """Raise DataError if a row lacks one of these columns, as can happen in JSON files, where each row has its keys."""
+    """Raise DataError if a row lacks one of these columns, because rows of a JSON file may have different keys."""
     for index, row in enumerate(rows):
         missing = [column for column in columns if column not in row]
         if missing:

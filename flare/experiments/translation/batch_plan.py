@@ -53,8 +53,8 @@ def make_plan(
         texts: the texts, in any order; blank ones are not translated.
         measure: function that returns the number of tokens of each text in a list, including language tags.
         limit: maximum tokens of a piece; longer texts are split at sentence ends. None: texts are not split.
-        batch_tokens: maximum tokens of a batch: the number of pieces times the tokens of the longest piece. A piece
-            with more tokens gets a batch of its own.
+        batch_tokens: maximum tokens of a batch, counted as the number of pieces times the tokens of the longest piece.
+            A piece with more tokens gets a batch of its own.
         batch_size: maximum number of pieces in a batch; None: no maximum.
     """
     distinct = list(dict.fromkeys(text for text in texts if text.strip()))
@@ -81,7 +81,7 @@ def make_plan(
 
 
 def sentences(text: str) -> list[tuple[str, str]]:
-    """Split a text into sentences by a simple rule; return each with the white space after it.
+    """Split a text into sentences by a simple rule; return each sentence with the white space after it.
 
     >>> sentences("It rains. Stay in!")
     [('It rains.', ' '), ('Stay in!', '')]

@@ -31,7 +31,7 @@ class TranslationModel:
     Args:
         name: hub id or folder (NLLB, M2M100, mBART, Marian, T5, ...).
         revision: branch, tag or commit on the hub.
-        device: None: the GPU if there is one, else the CPU.
+        device: device of the model; None: the GPU if there is one, else the CPU.
         dtype: "float32", "float16", "bfloat16" or a torch dtype; "auto": bfloat16 on a GPU that supports it, else
             float32.
 
@@ -140,7 +140,7 @@ def writes_tags(tokenizer: Any) -> bool:
 
 
 def known_tags(tokenizer: Any) -> list[str]:
-    """Return the language tags of a tokenizer, including added ones."""
+    """Return the language tags of a tokenizer, including tags that were added to it."""
     listed = getattr(tokenizer, "lang_code_to_id", None)
     if listed:
         return sorted(listed)

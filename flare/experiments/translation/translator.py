@@ -59,7 +59,7 @@ class Translator:
         max_length: maximum tokens of a piece of text. Longer texts are split into sentences, and longer sentences are
             truncated. Default: the model's limit, at most 512.
         max_new_tokens: maximum tokens of a piece's translation. Default: the model's limit, at most 512.
-        batch_tokens: maximum tokens of a batch: the number of pieces times the tokens of the longest piece.
+        batch_tokens: maximum tokens of a batch, counted as the number of pieces times the tokens of the longest piece.
         batch_size: maximum number of pieces in a batch; None: no maximum.
         num_beams: 1 is greedy decoding, regardless of the model's generation_config.
         print_fn: called with a message when a batch does not fit into the GPU's memory.
