@@ -130,7 +130,7 @@ def _moved_by(launch: Any) -> Iterator[Tensor]:
     parts = [set(tensors)]
     if "ROWS" in launch.args:
         parts = [part for part, runs in ((_ROWS, "ROWS"), (_STRIPS, "STRIPS")) if launch.args[runs]]
-        if launch.args["group_chunks"] == 1:  # the strip programs find what the row programs read in the L2 cache
+        if launch.args["group_chunks"] == 1:  # strip programs read from the L2 cache what row programs loaded
             parts = [set.union(*parts)]
     for part in parts:
         yield from {id(tensor): tensor for name, tensor in tensors.items() if name in part}.values()

@@ -194,7 +194,7 @@ def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def timed_model(rows: list[Row], llama: bool) -> str:
-    """Return the legend text of the Llama models, which have filled marks, or of the other models with hollow marks."""
+    """Return the legend text for the filled marks (Llama models, if ``llama``) or the hollow marks (other models)."""
     names = dict.fromkeys(r["model"] for r in rows if (r["family"] == "llama") == llama)
     return f"{', '.join(names) or '-'} ({'filled' if llama else 'hollow'})"
 

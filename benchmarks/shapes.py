@@ -25,7 +25,7 @@ PRECISIONS = ("plain", "nf4")  # frozen weights in the dtype of the row, or in b
 class ModelShape:
     """Sizes of a transformer.
 
-    ``inner`` is the width of the feed-forward layer. ``stand_in`` tells whether it is a small, made-up model that
+    ``inner`` is the width of the feed-forward layer. ``stand_in`` tells whether the model is small and made up, and
     stands in for a published model.
     """
 

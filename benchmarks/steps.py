@@ -263,7 +263,7 @@ class _Case:
             with count_ops() as ops, count_flops() as flops:
                 self.step(method)
             counters["launches"] = ops.total
-            # FLOPs inside Triton kernels and bitsandbytes are not counted, so FLOPs are reported only without these
+            # FLOPs inside Triton kernels and bitsandbytes are not counted, so FLOPs are reported only if neither runs
             if self.shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
                 counters["flops"] = flops.total
         if method == "flare-warm":

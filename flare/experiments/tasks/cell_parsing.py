@@ -22,8 +22,8 @@ CHOICES = "choices"
 def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
     """Return the columns that a split needs.
 
-    Some kinds of task accept several column layouts (see `flare.experiments.tasks.registry`). The columns
-    that the split has (`columns`) decide which layout applies.
+    Some kinds of task accept several column layouts (see `flare.experiments.tasks.registry`). The columns that the
+    split has (`columns`) decide which layout applies.
     """
     if task.kind == "qa":
         has_answers = "answers" in columns or "answer" in columns
@@ -64,7 +64,7 @@ def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, 
 def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: Sequence[str], where: str) -> Any:
     """Return the label of a row (see `Example.label`), or None for a token-classification row without words.
 
-    `row_parsing.check_labels` checks later that it is one of the task's labels.
+    `row_parsing.check_labels` checks later that the label is one of the task's labels.
 
     Args:
         row: column -> value.

@@ -43,7 +43,7 @@ class DataSet:
     Attributes:
         hub_id: owner/name.
         codes: names of the configurations, one per language; None if the names are FLORES-200 tags.
-        languages: number of languages; only set if `codes` is None.
+        languages: number of languages if `codes` is None, otherwise 0.
         parallel: whether rows of two languages with the same id (or position) are translations of each other.
         splits: the splits that the data set has.
         english: split -> the second data set that the English rows of this split are read from. The English rows of a

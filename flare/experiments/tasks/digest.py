@@ -24,7 +24,7 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
                 list(row.texts.items()),
                 row.label,
                 [[answer.text, answer.start] for answer in row.answers],
-                *([row.words] if row.words else []),  # left out if empty: earlier versions had no words
+                *([row.words] if row.words else []),  # without words, as in earlier versions
             ]
             for row in rows
         ]

@@ -86,7 +86,11 @@ def read_table(path: Path) -> Table:
 
 
 def check_keys(rows: Sequence[dict[str, Any]], columns: Sequence[str], where: str) -> None:
-    """Raise DataError if a row lacks one of these columns, because rows of a JSON file may have different keys."""
+    """Check that every row has these columns. The rows of a JSON file may have different keys.
+
+    Raises:
+        DataError: a row lacks one of the columns.
+    """
     for index, row in enumerate(rows):
         missing = [column for column in columns if column not in row]
         if missing:
