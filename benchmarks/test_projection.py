@@ -154,7 +154,8 @@ def _variant(
         truth = float64_truth(rotation.sets[0], frozen, method.gated_p)
         no_peer = method.dropout or name.startswith("peft")
         peer = {} if no_peer else step(plain, with_gradients(rotation.sets[0], BF16))
-        # Only outputs are compared element by element: where T is near zero, rounding flips relu's derivative.
+        # Only outputs are compared element by element, because rounding changes gradients: it flips relu's derivative
+        # where T is near zero.
         peer = {key: peer.get(key) if key in projection_names(t) else None for key in truth}
         torch.manual_seed(0)
         with poisoned() if "compile" not in name else contextlib.nullcontext():

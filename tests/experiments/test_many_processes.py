@@ -122,7 +122,7 @@ def root(tmp_path_factory) -> Path:
     assert flare(*translate(root, "one-mt")) == 0
     write_jsonl(root / "new.jsonl", texts_alone(rows_of(root / "data", "vemari")))
     assert flare(*predict(root, "one.jsonl")) == 0
-    # interrupt each command, which one process runs, so that it leaves unfinished results
+    # interrupt each command (run by one process), so that it leaves unfinished results
     with after(2, Predictor, "_read", KeyboardInterrupt()):
         assert flare(*predict(root, "stopped.jsonl")) == 130
     with after(8, ExperimentTrainer, "training_step", KeyboardInterrupt()):

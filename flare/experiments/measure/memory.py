@@ -64,7 +64,7 @@ class _AllocationMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # An input that is not counted yet existed before the block and is not in `live`, so it counts 0.
+        # An input with a new storage is from before the block and is not in `live`, so it counts as 0 bytes.
         for tensor in iter_tensors([args, kwargs]):
             self._storages.add(tensor, count_as=0)
         result = func(*args, **kwargs)

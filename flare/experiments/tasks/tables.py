@@ -231,7 +231,7 @@ def _read_parquet(path: Path) -> Table:
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow: pip install pyarrow, or write the data as CSV or JSON lines") from error
     try:
-        # not read_table: it would add a column for a parent folder called NAME=VALUE
+        # pyarrow's read_table would add a column if a parent folder is called NAME=VALUE
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error

@@ -103,7 +103,7 @@ def _split(text: str, measure: Callable[[Sequence[str]], Sequence[int]], limit: 
     """
     parts = sentences(text)
     runs: list[tuple[str, str]] = []
-    used = 0  # upper bound of the run's tokens: the language tags are counted for every sentence
+    used = 0  # upper bound of the run's tokens, because the count of every sentence includes language tags
     for (sentence, space), tokens in zip(parts, measure([sentence for sentence, _ in parts]), strict=True):
         if runs and used + tokens <= limit:
             previous, between = runs[-1]
@@ -112,7 +112,7 @@ def _split(text: str, measure: Callable[[Sequence[str]], Sequence[int]], limit: 
         else:
             runs.append((sentence, space))
             used = tokens
-    # add a space between runs: a script without spaces is often translated into one with spaces
+    # add missing spaces between runs: the translation may be in a script that separates sentences by spaces
     return [(run, space or " ") for run, space in runs[:-1]] + [(runs[-1][0], "")]
 
 

@@ -164,7 +164,7 @@ def check_tag(tokenizer: Any, tag: str, option: str) -> None:
         return
     by_key = {known.casefold(): known for known in tags}
     similar = [by_key[key] for key in difflib.get_close_matches(tag.casefold(), list(by_key), n=3, cutoff=0.5)]
-    # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not spelled similarly: compare the first two letters
+    # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not spelled similarly, so compare two letters
     similar = similar or [known for known in tags if known[:2] == tag[:2]][:3]
     shown = f"did you mean {' or '.join(similar)}?" if similar else f"the first tags are {', '.join(tags[:8])}"
     raise TranslationError(

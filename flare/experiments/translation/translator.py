@@ -145,7 +145,7 @@ class Translator:
                         "the GPU's memory is too small for one piece of text; lower --max-length, or use --dtype "
                         "bfloat16, a smaller model or --device cpu"
                     ) from error
-            # outside the except block: the exception keeps the failed batch's tensors alive
+            # after the except block, because the exception keeps the failed batch's tensors alive
             self._max_rows = rows // 2
             self._print_fn(
                 f"The GPU's memory is too small for batches of {rows} texts; continuing with {self._max_rows}."
