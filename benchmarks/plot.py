@@ -5,7 +5,7 @@
 Without --output, the script prints what each method costs. Otherwise it writes table.md and the figures for which the
 files have rows: steps.png (time and memory of a step), scaling.png (time and memory for several text lengths m),
 roofline.png (speed of each kernel and limits of the device) and parts.png (time of the parts of a step). The table
-shows every row, including those where this package is slower and those that were skipped, with the reason. The caption
+shows every row, including rows in which this package is slower, and skipped rows with the reason. The caption
 of a figure gives device, versions, commit, date and conditions.
 """
 

@@ -101,8 +101,8 @@ def data_notes(task: Task, data: Data, split: str, languages: Sequence[str]) -> 
 def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[str]]:
     """Return the target languages that `--target all` stands for, and notes.
 
-    These are all languages except the source. The languages of a folder are its sub-folders with a test split. The
-    languages of a task's data set on the hub are those that NLLB can translate.
+    These are all languages except the source. For a folder, they are its sub-folders with a test split. For a task's
+    data set on the hub, they are the languages that NLLB can translate.
 
     Raises:
         UserError: `data` is `ParallelColumns`, the data set's languages are not known to this package, or the source is

@@ -26,7 +26,9 @@ class TranslationError(UserError):
 
 
 class TranslationModel:
-    """An encoder-decoder with its tokenizer, for any number of directions. The weights are loaded on first use.
+    """An encoder-decoder with its tokenizer. Translators of several directions can share it.
+
+    The weights are loaded on first use.
 
     Args:
         name: hub id or folder (NLLB, M2M100, mBART, Marian, T5, ...).
