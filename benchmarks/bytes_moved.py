@@ -1,9 +1,9 @@
-"""Compute memory traffic in bytes: the least that each step of an adapter must move, and what a form of a step moves.
+"""Compute the memory traffic of an adapter's steps in bytes: lower bounds, and what recorded launches move.
 
-The steps are the primitives shrink, expand, grad_bottleneck, grad_weight and grad_input. A form is one way to launch a
-step. ``step_bytes`` is computed from a shape: every input of a step is read once and every output is written once. The
-frozen products are not counted. ``moved`` adds up what the launches of a form read and write. The numbers hold for bf16
-and deterministic kernels; dA, dB and partial sums are float32.
+The steps are the primitives shrink, expand, grad_bottleneck, grad_weight and grad_input. ``step_bytes`` returns the
+lower bound of each step at a shape, with every input read once and every output written once. The frozen products are
+not counted. A form is one way to launch a step, and ``moved`` adds up what the launches of a form read and write. The
+numbers hold for bf16 and deterministic kernels; dA, dB and partial sums are float32.
 Sizes: G_i and y_i are (M, n_i), and N is the sum of the n_i; T, S, dT and dS are (M, R), and R is r times the number of
 projections; A is (R, d); B_i is (n_i, r).
 """
@@ -81,9 +81,10 @@ def moved_reads(shape: ProjectionShape) -> dict[str, int]:
 def least_reading_once(shape: ProjectionShape, programs: int) -> int:
     """Return the least bytes of a grad_bottleneck that computes both products (dH and dB) from one read of G.
 
-    Program (i, j) of ``row_groups`` x ``column_groups`` owns the rows of group i and the columns of group j. Its dH is
-    one of ``column_groups`` partial sums and its dB one of ``row_groups``. Each partial sum is written and read once; a
-    single group needs no partial sums. The result is the minimum over all such grids.
+    In a grid of ``row_groups`` x ``column_groups`` programs, program (i, j) reads the rows of group i and the columns
+    of group j. dH is then the sum of ``column_groups`` partial sums, and dB the sum of ``row_groups`` partial sums.
+    Each partial sum is written and read once; a single group needs no partial sums. The result is the minimum over all
+    such grids.
     """
     M, N, count, r = shape.M, sum(shape.widths), len(shape.widths), shape.r
 
@@ -107,7 +108,7 @@ _STRIPS = {"G_0", "G_1", "G_2", "T", "S", "out"}
 
 
 def launches(problem: Problem, form: str, **tiles: Any) -> list[Any]:
-    """Return the launches of a step in one form. Tiles that are not given follow the general rule for a large GPU."""
+    """Return the launches of a step in one form. Tile sizes that are not given follow the rule for a large GPU."""
     from flare_kernels.triton_ops.primitives import tuned
 
     inputs = problem.make(torch.device("cpu"), real=False)
@@ -129,7 +130,7 @@ def _moved_by(launch: Any) -> Iterator[Tensor]:
     parts = [set(tensors)]
     if "ROWS" in launch.args:
         parts = [part for part, runs in ((_ROWS, "ROWS"), (_STRIPS, "STRIPS")) if launch.args[runs]]
-        if launch.args["group_chunks"] == 1:  # the strips read from the L2 cache what the rows of their chunk loaded
+        if launch.args["group_chunks"] == 1:  # strip programs read from the L2 cache what row programs loaded
             parts = [set.union(*parts)]
     for part in parts:
         yield from {id(tensor): tensor for name, tensor in tensors.items() if name in part}.values()

@@ -38,8 +38,8 @@ class Variant:
 class CannotRun(Exception):
     """Raised by a variant's check if the variant cannot run on this machine.
 
-    It is for reasons that are known only after the other variants have been set up, such as memory. Other reasons are
-    known when the variants are built (see `Variants`).
+    Use it for reasons that are known only after the other variants have been set up, such as a lack of memory. Other
+    reasons are known when the variants are built (see `Variants`).
     """
 
 

@@ -89,7 +89,8 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
     """Return a function that measures a case once and reports one of its variants to pytest-benchmark.
 
     The function takes the shape, the variant's name, ``build`` (called once to make the variants), the conditions (one
-    line for the row) and ``queue_ahead`` (see timing.py; False for calls that synchronise with the device).
+    line for the row), ``queue_ahead`` (see timing.py; False for calls that synchronise with the device) and ``how``
+    (how long to measure; None: the default of timing.py).
     """
 
     def run(

@@ -73,8 +73,8 @@ def label(variant: str) -> str:
     return NAMES.get(variant, variant).partition(" (")[0]
 
 
-#: Title and explanation of the questions that compare methods of which a user chooses one. The most important questions
-#: are printed last, so that they stay on the screen.
+#: Title and explanation of the questions that compare methods between which a user chooses. The most important
+#: questions are printed last, so that they stay on the screen.
 _COSTS = {
     "projection": (
         "The query and value projections of one block with FLARE adapters",

@@ -43,8 +43,8 @@ CAPTURED = {
 }
 #: From each compiled row to the eager row that computes the same.
 COMPILED = {"peft-compiled": "peft-lora", "lora-compiled": "lora", "flare-compiled": "flare"}
-#: Captured rows that are measured on big models. There the device limits the speed of a step, so a graph saves little
-#: time, and it holds activations.
+#: Captured rows that are measured on big models. The device, not Python, limits the speed of their steps, so a graph
+#: saves little time, but needs memory for its activations.
 _OF_BIG_MODELS = ("flare-captured", "lora-captured")
 #: Captured rows that are measured on padded texts, on small models only.
 _PADDED = ("flare-captured", "lora-captured")

@@ -1,8 +1,8 @@
 """Build whole models with random weights, and run the methods that train them on source and target texts.
 
-All methods share one set of weights: copies of the stock PEFT model have separate modules and the same tensors, and get
-this package's layers. The methods can therefore be timed in turn, and the weights of a big model are in memory once. A
-method is one row in the tables of results:
+All methods share one set of weights. Their models are copies of one PEFT model that have separate modules but refer to
+the same tensors, and some copies get this package's layers. The methods can therefore be timed in turn, although the
+weights of a big model are in memory only once. A method is one row in the tables of results:
 
 ===============  =====================================================================================================
 frozen           the frozen model: forward, and backward to its embeddings

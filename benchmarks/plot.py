@@ -2,10 +2,10 @@
 
     python benchmarks/plot.py results.json [more.json ...] [--output FOLDER]
 
-Without --output, the script prints what each method costs. With it, it writes table.md and the figures for which the
+Without --output, the script prints what each method costs. Otherwise it writes table.md and the figures for which the
 files have rows: steps.png (time and memory of a step), scaling.png (time and memory for several text lengths m),
 roofline.png (speed of each kernel and limits of the device) and parts.png (time of the parts of a step). The table
-shows every row, including those where this package is slower and those that were skipped, with the reason. The caption
+shows every row, including rows in which this package is slower, and skipped rows with the reason. The caption
 of a figure gives device, versions, commit, date and conditions.
 """
 
@@ -194,7 +194,7 @@ def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def timed_model(rows: list[Row], llama: bool) -> str:
-    """Return the legend text of the models with filled marks (``llama``) or of the other models, with hollow marks."""
+    """Return the legend text for the filled marks (Llama models, if ``llama``) or the hollow marks (other models)."""
     names = dict.fromkeys(r["model"] for r in rows if (r["family"] == "llama") == llama)
     return f"{', '.join(names) or '-'} ({'filled' if llama else 'hollow'})"
 

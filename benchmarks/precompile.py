@@ -114,7 +114,7 @@ def _models_of_tests(device: Any) -> None:
             step(model, batch)
 
 
-#: Functions whose launches are recorded. Those with the fewest imports come first, so that compiling starts early.
+#: Functions whose launches are recorded. Functions with few imports come first, so that compiling starts early.
 SOURCES: dict[str, Callable[[Any], None]] = {
     "projections": _projections,
     "kernels": _kernels,
@@ -144,8 +144,7 @@ def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
         capability, shared_bytes = 10 * major + minor, shared_memory_bytes(device)
     seen: dict[Any, None] = {}
     for name, record in SOURCES.items():
-        # without a GPU, skipping the launches lets the kernels' code path run; a launch is recorded before it is
-        # skipped
+        # without a GPU, launches are skipped after they are recorded, so that the code that launches kernels can run
         with contextlib.nullcontext() if on_gpu else launches_left_out(), recording(shared_bytes) as launches:
             try:
                 record(device)

@@ -1,8 +1,9 @@
 """Call the primitives (the five steps of an adapter) directly. The other benchmarks call the public functions.
 
 A case is one primitive on one projection. ``operands`` makes its inputs, ``run`` calls the primitive in a module that
-implements it, ``oracle`` computes the results in float64, and ``flops`` counts the operations. (Its bytes are counted
-by ``bytes_moved.step_bytes``.) Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n); A (r, d); B (n, r).
+implements it, ``oracle`` computes the results in float64, and ``flops`` counts the operations.
+``bytes_moved.step_bytes`` computes the bytes of a case. Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n);
+A (r, d); B (n, r).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ways to compute the q and v projections of one block with a fusing adapter, and the float64 result to compare with.
+"""Compute the q and v projections of one block with a fusing adapter in several ways, and in float64 as a reference.
 
 A method is a function from the inputs of a case to the output of each projection. :func:`step` adds the backward pass.
 Inputs: x, x_source (M, d); per projection the weight W (n, d), the bias b (n), the output gradient G (M, n), and for

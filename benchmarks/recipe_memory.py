@@ -6,7 +6,7 @@ No GPU is needed: parameters are counted on models that are built on the meta de
 of these parts (with DDP, each GPU has one process and a whole model; d is the width and m the tokens of a text):
 
 =================  ===================================================================================================
-base               per weight 4 in float32 and 2 in bfloat16; in NF4 1/2 + 1/64 + 1/4096 (double quantised scales)
+base               per weight: 4 in float32, 2 in bfloat16, 1/2 + 1/64 + 1/4096 in NF4 (double quantised scales)
 trained weights    per weight, in float32: 4 (weight) + 4 (gradient) + 8 (AdamW's state; 2 for the 8-bit AdamW)
 source states      2 d per token and fusing block, with source_memory="keep"
 block              per token and block, saved by autograd in bfloat16 autocast without checkpointing:

@@ -34,7 +34,7 @@ def fingerprint(root: Path = ROOT) -> str:
 
 def run_conditions(**more: Any) -> dict[str, Any]:
     """Return device, versions, commit, fingerprint of the sources, and date."""
-    # imported here, because the module imports torch, and results can be read without torch
+    # imported here, because this import needs torch, and result files can be read without torch
     from flare.experiments.utils.environment import environment, now
 
     return {**environment(), "sources": fingerprint(), "date": now(), **more}

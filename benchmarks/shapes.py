@@ -25,7 +25,7 @@ PRECISIONS = ("plain", "nf4")  # frozen weights in the dtype of the row, or in b
 class ModelShape:
     """Sizes of a transformer.
 
-    ``inner`` is the width of the feed-forward layer. ``stand_in`` tells whether it is a small, made-up model that
+    ``inner`` is the width of the feed-forward layer. ``stand_in`` tells whether the model is small and made up, and
     stands in for a published model.
     """
 
@@ -332,8 +332,10 @@ def steps(which: str) -> list[StepShape]:
 
 
 def host(which: str) -> list[HostShape]:
-    """Return the training steps for host work. On a CPU they have more than 64 tokens, because
-    fewer tokens would run the kernels for decoding."""
+    """Return the cases that measure the work of the host in a training step.
+
+    Their batches have more than 64 tokens, because fewer tokens would run the kernels for decoding.
+    """
     if which == "tiny":
         models = (HOST_XLMR, HOST_LLAMA, HOST_MT5)
         return [HostShape(model, 2, 64, 8, model.layers, setting) for model in models for setting in HOST_SETTINGS]
@@ -350,7 +352,7 @@ def scaling(which: str) -> list[StepShape]:
     if which == "tiny":
         base = StepShape(TINY_LLAMA, 2, 32, 8, depth=2, question="scaling")
         varied = [{"m": 16}, {"m": 64}, {"depth": 1}]
-        # texts as long as the paper's: there a source pass saves the most time compared with one text of 2m tokens
+        # with texts as long as the paper's, FLARE saves the most time compared with input-level fusion
         long = StepShape(TINY_XLMR, 1, 512, 8, depth=2, question="scaling")
         return [base, *(replace(base, **change) for change in varied), long]
     cases: dict[str, StepShape] = {}

@@ -1,9 +1,9 @@
 """Check the gradients of a training step before the step is timed.
 
-The gradients of each method are compared with float64 in a model of two blocks, on two rows of the full width and
-length, where float64 is cheap. The error may be at most twice the error of PEFT's eager layers. At full size, the
-gradients of the first step are compared with PEFT's eager layers. Compiled methods are checked at full size only,
-because they are compiled once.
+The gradients of each method are compared with float64 in a model of two blocks, on two rows of the full length. The
+model has its full width, and float64 is cheap at this size. The error may be at most twice the error of PEFT's eager
+layers. At full size, the gradients of the first step are compared with PEFT's eager layers. Compiled methods are
+checked at full size only, because they are compiled once.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _build(
     case = _Case(models, shape, depth, batch, optimizer, errors)
     for method in ("lora", *_MOST_MEMORY):  # the first step creates the optimizer's state
         if method in refused and (method == "lora" or device.type == "cuda"):
-            case.step(method)  # may run out of memory, so that the caller halves the depth for all methods
+            case.step(method)  # if this runs out of memory, the caller halves the depth for all methods
     variants: dict[str, Variant | str] = {}
     for method, why in refused.items():
         reason = why or models.refusal(method)
@@ -263,7 +263,7 @@ class _Case:
             with count_ops() as ops, count_flops() as flops:
                 self.step(method)
             counters["launches"] = ops.total
-            # FLOPs are reported only if all are counted: those inside Triton kernels and bitsandbytes are not
+            # FLOPs inside Triton kernels and bitsandbytes are not counted, so FLOPs are reported only if neither runs
             if self.shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
                 counters["flops"] = flops.total
         if method == "flare-warm":

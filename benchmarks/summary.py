@@ -360,7 +360,7 @@ def _number(key: Key, rows: Rows, family: str) -> float | None:
 
 
 def _spread(rows: Rows) -> dict[str, float]:
-    """Return, for each case, the largest IQR / median of its rows. Relative differences below it are noise."""
+    """Return, for each case, the largest IQR / median of its rows. Smaller relative differences are noise."""
     spread: dict[str, float] = {}
     for row in rows.values():
         relative = (row["q75_s"] - row["q25_s"]) / row["median_s"]

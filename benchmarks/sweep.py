@@ -4,7 +4,7 @@
     benchmarks/run_gpu.sh sweep 3       # run the third part
 
 The parts are balanced by the estimated seconds of their cases. They depend on the grid only, so a part has the same
-cases when it is run again. Then cases that have results of the same source files are skipped.
+cases when it is run again. A repeated run skips the cases that have results of the same source files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def all_cases(which: str) -> list[shapes.Shape]:
 def parts(which: str) -> tuple[tuple[str, ...], ...]:
     """Return the case names of each part.
 
-    Cases are assigned from the largest on, each to the part with the least load.
+    The longest cases are assigned first, each to the part that has the fewest estimated seconds so far.
     """
     cases = sorted(all_cases(which), key=lambda shape: -shape.estimate_s)
     count = max(1, -(-int(sum(shape.estimate_s for shape in cases)) // int(PART_S)))

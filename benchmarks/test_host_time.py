@@ -3,8 +3,8 @@
 On a CPU, the benchmark counts Python and C calls per block (host_calls.py) and measures the time of forward and
 backward. Both are compared with PEFT in the same run. The code path of the kernels runs without launching kernels, on
 models of width 64, so that nearly all of a step is host work. For mT5, an encoder block and a decoder block count as
-one block. On a GPU, the benchmark measures wall time divided by device-busy time, and launches, on models of real
-width. The variant "frozen" is a forward pass; all other variants are forward and backward.
+one block. On a GPU, the benchmark counts launches and measures wall time divided by device-busy time, on models of
+real width. The variant "frozen" is a forward pass; all other variants are forward and backward.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CONDITIONS = (
     "width is 64; dropout: lora_dropout 0.1; checkpointing: every block, use_reentrant=False; the ratio to PEFT's "
     "time is the median of the ratios of all rounds"
 )
-#: From variants whose backward pass runs on the calling thread instead of autograd's thread to variants that are
-#: otherwise equal. They run on a GPU only.
+#: Variant whose backward pass runs on the calling thread instead of autograd's thread -> the variant that is otherwise
+#: equal. The variants on the left run on a GPU only.
 _ONE_THREAD = {"lora-one-thread": "lora", "flare-one-thread": "flare"}
 _OURS = ("lora", "flare", "flare-recompute", "flare-warm", *_ONE_THREAD)
 

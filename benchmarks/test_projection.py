@@ -6,9 +6,9 @@ compared with the float64 oracle before it is timed. The variants are:
 - ``frozen``: the frozen products alone, forward and dx into one buffer. The other variants take this time plus the time
   of the adapters.
 - ``peft-*``: the formula as an eager user would write it with PEFT's lora.Linear layers, because PEFT has no second
-  stream. Dropout, scaling and input cast are the layers' own. The weights are inputs, so that they can rotate (whole
-  PEFT layers are measured in test_block.py and test_training_step.py). The four variants have bf16 adapters; bf16
-  adapters and lora_dropout 0.1; float32 adapters under bf16 autocast (PEFT's default); bf16 adapters under
+  stream. PEFT's layers do the dropout, the scaling and the cast of x. The weights are inputs, so that they can rotate
+  (whole PEFT layers are measured in test_block.py and test_training_step.py). The four variants have bf16 adapters;
+  bf16 adapters and lora_dropout 0.1; float32 adapters under bf16 autocast (PEFT's default); bf16 adapters under
   torch.compile.
 - ``addmm-*``: the addmm form in plain PyTorch (this package's "torch" backend), each projection alone or both together.
 - ``flare-*``: the form that the package chooses on this device. ``joint`` calls fused_lora_qkv with the frozen weights.
@@ -154,7 +154,8 @@ def _variant(
         truth = float64_truth(rotation.sets[0], frozen, method.gated_p)
         no_peer = method.dropout or name.startswith("peft")
         peer = {} if no_peer else step(plain, with_gradients(rotation.sets[0], BF16))
-        # Only outputs are compared element by element: where T is near zero, rounding flips relu's derivative.
+        # Only outputs are compared element by element, because rounding changes gradients: it flips relu's derivative
+        # where T is near zero.
         peer = {key: peer.get(key) if key in projection_names(t) else None for key in truth}
         torch.manual_seed(0)
         with poisoned() if "compile" not in name else contextlib.nullcontext():

@@ -55,7 +55,7 @@ def copies_for(set_bytes: int, cache_bytes: int) -> int:
 
 
 class Rotation:
-    """Sets of inputs that are used in turn, enough of them that a set is no longer cached when it is used again."""
+    """Sets of inputs that are used in turn, so many that a set is no longer cached when it is used again."""
 
     def __init__(self, make: Callable[[], Any], device: torch.device) -> None:
         first = make()
@@ -111,7 +111,7 @@ class _Series:
     host_s: list[float] = field(default_factory=list)
 
     def run(self, call: Callable[[], object], device: torch.device, queue_ahead: bool) -> None:
-        """Time one round. It has one call, and with ``queue_ahead`` on a GPU a second call for the device seconds."""
+        """Time one round: one call, and on a GPU with ``queue_ahead`` a second call for the device seconds."""
         on_gpu = device.type == "cuda"
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         _synchronize(device)
@@ -276,7 +276,7 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def _copy_seconds(numbers: int, device: torch.device, how: Effort) -> tuple[int, float]:
-    """Return bytes read and written by a copy of ``numbers`` bf16 values, and its seconds."""
+    """Return the bytes that a copy of ``numbers`` bf16 values reads and writes, and the seconds that the copy takes."""
     source = torch.randn(numbers, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return 2 * bytes_of(source), interleave({"copy": lambda: target.copy_(source)}, device, how=how)["copy"].median

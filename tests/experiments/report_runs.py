@@ -76,7 +76,7 @@ def make_run(
 
 
 def group_of(root: Path):
-    """Return the only group of comparable runs below a folder: equal task, source language and base model."""
+    """Return the only group of runs below a folder. Its runs have the same task, source language and base model."""
     (group,) = collect([root]).groups
     return group
 

@@ -261,7 +261,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "flare.experiments.prediction.run.run_predict", lambda settings, print_fn: seen.append(settings)
     )
     monkeypatch.setattr("flare.experiments.translation.run_translate", lambda settings, print_fn: seen.append(settings))
-    monkeypatch.setattr("flare.experiments.report.write_report", lambda *given, **options: seen.append(given))
+    monkeypatch.setattr("flare.experiments.report.write_report", lambda *folders, **options: seen.append(folders))
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Tests of `flare train --source-cache`: scores do not depend on it, its size is predicted, and it can be off."""
+"""Tests of `flare train --source-cache`: it does not change scores, its size is predicted, and it can be off."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def runs(place, tmp_path) -> Path:
 
 @pytest.fixture
 def train(place, runs, capsys):
-    """Function that runs flare train and returns (status, stdout, stderr)."""
+    """Return a function that runs flare train and returns (status, stdout, stderr)."""
 
     def call(*words: object, data: Path | None = None, target: str = "vemari"):
         options = ("--data", data or place / "data", "--output", runs, "--target", target)

@@ -221,7 +221,7 @@ def test_damaged_predictions_and_provenance_are_refused(tmp_path):
 
 
 def _flags() -> dict[str, set[str]]:
-    """Return the flags of each command. Those of the commands that train include the flags of TrainingArguments."""
+    """Return the flags of each command. The flags of finetune and train include the flags of TrainingArguments."""
     subparsers = next(
         action for action in flare.cli._parser()._actions if isinstance(action, argparse._SubParsersAction)
     )

@@ -122,7 +122,7 @@ def root(tmp_path_factory) -> Path:
     assert flare(*translate(root, "one-mt")) == 0
     write_jsonl(root / "new.jsonl", texts_alone(rows_of(root / "data", "vemari")))
     assert flare(*predict(root, "one.jsonl")) == 0
-    # interrupt one process in each command, so that it leaves unfinished results
+    # interrupt each command (run by one process), so that it leaves unfinished results
     with after(2, Predictor, "_read", KeyboardInterrupt()):
         assert flare(*predict(root, "stopped.jsonl")) == 130
     with after(8, ExperimentTrainer, "training_step", KeyboardInterrupt()):
@@ -226,7 +226,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_training_steps_equal_those_of_one_process(root, two) -> None:
-    """This includes a training that two processes resume, and FSDP2, which shards the base but not the adapters."""
+    """Two processes resume one of the trainings, and another uses FSDP2, which shards the base but not the adapters."""
     assert [one["shards"][0] for one in two] == [0, 0] and min(one["shards"][1] for one in two) > 20
     expected = weights(root / "one")
     for name in ("two", "resumed", "sharded"):

@@ -46,19 +46,19 @@ def test_a_storage_counts_until_its_last_view_is_freed():
 
 
 def test_existing_tensors_count_only_if_passed_as_live():
-    before, named = numbers(), numbers()
-    with peak_bytes(live=[named, {"again": named.view(2, 128)}]) as peak:
+    before, live = numbers(), numbers()
+    with peak_bytes(live=[live, {"again": live.view(2, 128)}]) as peak:
         before.mul_(2)
-        named.mul_(2)
-        out = before + named
+        live.mul_(2)
+        out = before + live
     assert (peak.at_start, peak.peak, peak.above_start) == (KIB, 2 * KIB, KIB)
     del out
 
 
 def test_freeing_a_live_tensor_is_counted():
-    named = numbers()
-    with peak_bytes(live=[named]) as peak:
-        del named
+    live = numbers()
+    with peak_bytes(live=[live]) as peak:
+        del live
         new = numbers()
     assert (peak.at_start, peak.peak, peak.current) == (KIB, KIB, KIB)
     del new

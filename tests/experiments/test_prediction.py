@@ -106,7 +106,7 @@ def test_texts_without_a_source_are_translated(place, tmp_path, capsys):
 
 
 def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
-    """No batch is translated or predicted twice, and the output equals that of an uninterrupted command."""
+    """No batch is translated or predicted twice, and the output equals the output of an uninterrupted command."""
     few = write_jsonl(tmp_path / "texts.jsonl", read_jsonl(place / "texts.jsonl")[:10])
     words = ("--input", few, "--translator", place / "mt", *CODES, "--batch-tokens", 96, "--batch-size", 4)
     assert predict(place, *words, "--output", tmp_path / "whole.jsonl") == 0
@@ -123,8 +123,8 @@ def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
         counted("translated")
         return translated(self, pieces)
 
-    def batches(self, *given, **options):
-        for batch in predicted(self, *given, **options):
+    def batches(self, *arguments, **options):
+        for batch in predicted(self, *arguments, **options):
             counted("predicted")
             yield batch
 

@@ -134,8 +134,8 @@ def test_display_names_of_tasks_models_and_languages() -> None:
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def made_activations() -> tuple[Activations, list[np.ndarray]]:
-    """Return the activations of three random rows, which serve as S and as T, and these rows."""
+def random_activations() -> tuple[Activations, list[np.ndarray]]:
+    """Return activations that are computed from three random rows, used both as S and as T, and the three rows."""
     generator = np.random.default_rng(0)
     rows = [generator.standard_normal((length, 4)).astype(np.float32) for length in (3, 5, 2)]
     sums = RowCollector()
@@ -146,7 +146,7 @@ def made_activations() -> tuple[Activations, list[np.ndarray]]:
 
 
 def test_averages_by_position_are_computed_written_and_read(tmp_path: Path) -> None:
-    activations, rows = made_activations()
+    activations, rows = random_activations()
     padded = np.full((3, 5, 4), np.nan)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
@@ -176,7 +176,7 @@ def test_figures_over_tasks_translators_and_positions(tasks: Path, tmp_path: Pat
             folder = make_run(tasks / "nusax", language, "flare", 0, score, variant=variant, source_text="mt")
             record = json.loads((folder / "run.json").read_text())
             (folder / "run.json").write_text(json.dumps({**record, "data": {**record["data"], **data}}))
-            write_activations(tasks / "nusax" / language / "flare" / "seed-0", made_activations()[0])
+            write_activations(tasks / "nusax" / language / "flare" / "seed-0", random_activations()[0])
     output = tmp_path / "report"
     write_report([tasks], output, print_fn=lambda line: None)
     for name in ("average-rank", "tasks", "nusax-activations", "nusax-activations-row-1", "nusax-translators"):

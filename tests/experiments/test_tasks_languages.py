@@ -1,4 +1,4 @@
-"""The table of languages is complete and unambiguous, and its errors suggest similar names."""
+"""Tests of the table of languages: it is complete and unambiguous, and its errors suggest similar names."""
 
 from __future__ import annotations
 

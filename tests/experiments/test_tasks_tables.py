@@ -24,7 +24,8 @@ ROWS = [
     {"id": "7", "text": 'ein "Satz",\nzwei\tZeilen', "label": "good"},
     {"id": "8", "text": "žluťoučký", "label": "bad"},
 ]
-#: data.json holds {"data": rows}, lines.json one row per line, shards are two Parquet files, saved is by save_to_disk.
+#: data.json holds {"data": rows}, lines.json holds one row per line, shards are two Parquet files, and saved is a
+#: folder that save_to_disk wrote.
 FORMATS = ("csv", "tsv", "json", "data.json", "lines.json", "jsonl", "parquet", "shards", "saved")
 
 
@@ -249,7 +250,7 @@ def test_errors_of_parallel_columns(tmp_path):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def test_one_table_through_all_commands(tmp_path, capsys):
+def test_all_commands_read_one_table(tmp_path, capsys):
     """finetune, train and evaluate give the same scores as with one folder per language."""
     sizes = {"train": (0, 16), "valid": (16, 24), "test": (24, 36)}
     write_data(tmp_path / "folders", rows=sizes)

@@ -16,7 +16,7 @@ from flare.experiments.translation.model import fingerprint, known_tags
 TEXTS = [tiny_mt.SENTENCES[0], "", "the sea", "  ", "it is far . we came", "the sea"]
 
 
-def words(texts):
+def word_counts(texts):
     return [len(text.split()) for text in texts]
 
 
@@ -30,14 +30,14 @@ def nllb(tmp_path_factory) -> TranslationModel:
 
 def test_a_plan_makes_batches_by_length_and_joins_the_pieces():
     texts = ["a b c", "a", "", "a b c d e f", "a b", "a", "c b a"]
-    plan = make_plan(texts, words, limit=None, batch_tokens=6)
+    plan = make_plan(texts, word_counts, limit=None, batch_tokens=6)
     assert [[plan.pieces[i] for i in batch] for batch in plan.batches] == [
         ["a b c d e f"],
         ["a b c", "c b a"],
         ["a b", "a"],
     ]
     assert plan.join([piece.upper() for piece in plan.pieces]) == [text.upper() for text in texts]
-    rows = make_plan(texts, words, limit=None, batch_tokens=100, batch_size=2).batches
+    rows = make_plan(texts, word_counts, limit=None, batch_tokens=100, batch_size=2).batches
     assert [len(batch) for batch in rows] == [2, 2, 1]
 
 
@@ -52,14 +52,14 @@ def test_a_long_text_is_split_at_sentence_ends():
         "Ten",
     ]
     assert "".join(sentence + space for sentence, space in sentences(text)) == text
-    plan = make_plan([text, "short"], words, limit=5, batch_tokens=100)
+    plan = make_plan([text, "short"], word_counts, limit=5, batch_tokens=100)
     # a piece holds as many sentences as fit; if no space follows the sentence before a split, a space is added
     assert plan.pieces == ('One two three. "Four five!"', "Six seven eight nine? 十。", "十一。Ten", "short")
     assert plan.join(plan.pieces) == [text.replace("十。十", "十。 十"), "short"]
 
 
 def test_a_sentence_longer_than_the_limit_is_not_split():
-    plan = make_plan(["a b c d e f. g h"], words, limit=4, batch_tokens=100)
+    plan = make_plan(["a b c d e f. g h"], word_counts, limit=4, batch_tokens=100)
     assert plan.pieces == ("a b c d e f.", "g h")
 
 

@@ -60,7 +60,7 @@ def options(data: Path, nllb: Path, output: Path, *more: str) -> list[str]:
 
 
 def fails(arguments: list[str], capsys) -> str:
-    """Run a command that must fail, and return its one line of error."""
+    """Run a command that must fail, and return its error message, which must be one line."""
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flare translate: error: ")]
     assert len(lines) == 1

@@ -81,8 +81,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder that keeps base models.
 
-    It is `cache_dir` if given, otherwise $XDG_CACHE_HOME/flare-kernels, or ~/.cache/flare-kernels without that
-    variable.
+    It is `cache_dir` if given, otherwise $XDG_CACHE_HOME/flare-kernels, or ~/.cache/flare-kernels if that
+    variable is not set.
     """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
@@ -151,7 +151,7 @@ def _digest(path: Path) -> str:
 
 
 def _damage(folder: Path) -> str | None:
-    """Return what is wrong with the base model in a folder, or None if nothing is."""
+    """Return what is wrong with the base model in a folder, or None if it is undamaged."""
     try:
         digests = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         changed = [name for name, digest in digests.items() if _digest(folder / name) != digest]

@@ -4,9 +4,8 @@
 an action ("my friend praised the old hotel") or a property ("the soup was really awful"). Its verb or adjective has a
 polarity: negative, neutral or positive. The polarity is the label of the clause. 12 % of the clauses are negated, and
 then negative and positive are swapped ("the soup was not awful" is positive). A negated neutral clause stays neutral.
-15 % of the
-sentences contrast two clauses of different labels with "but", and the second clause determines the label of the
-sentence. Another 15 % join two clauses of the same label with "and".
+15 % of the sentences contrast two clauses of different labels with "but", and the second clause determines the label of
+the sentence. Another 15 % join two clauses of the same label with "and".
 
 **The second language ("Vemari").** Every English word is translated by one made-up word (`vemari_word`: three syllables
 derived from a hash of the English word), except "was", "not" and "never". The two languages share only the full stop.

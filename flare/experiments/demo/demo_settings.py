@@ -25,7 +25,7 @@ class DemoSettings:
 
     Attributes:
         output: folder for results.json, run.json, table.md and results.png.
-        seeds: number of seeds, counted from 0.
+        seeds: number of seeds; the seeds are 0, 1, and so on.
         model: folder or hub id of a transformers model. None: a tiny BERT that the demo pre-trains (the embedded base).
         data: folder or hub id of parallel data. None: the embedded corpus.
         source, target: two languages of `data`: the base model is fine-tuned on `source`, and the adapters are trained

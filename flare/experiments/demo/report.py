@@ -125,8 +125,8 @@ def legend(run_info: dict[str, Any]) -> str:
     base = statistics.fmean(run_info["source_macro_f1"])
     lines = [
         f"Macro F1 in percent on {sizes['test']} held-out {target} sentences, {over}.",
-        f'Compare rows with the same source. Rows with the source "-" read only the {target} text at prediction time; '
-        f"the other rows also read the {source} text of the same sentence.",
+        'Compare only rows with the same source. Rows with the source "-" read only the '
+        f"{target} text at prediction time; the other rows also read the {source} text of the same sentence.",
         f"All rows start from the same base, fine-tuned on {source}, with the same seeds. Given the {source} text "
         f"alone, this base reaches {base:.1f}.",
         f"Adapters: r={settings['r']}, alpha={settings['alpha']:g}, {settings['epochs']} epochs over "

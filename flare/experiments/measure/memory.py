@@ -64,7 +64,7 @@ class _AllocationMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # An input that is not counted yet existed before the block and is not in `live`, so it counts 0.
+        # An input with a new storage is from before the block and is not in `live`, so it counts as 0 bytes.
         for tensor in iter_tensors([args, kwargs]):
             self._storages.add(tensor, count_as=0)
         result = func(*args, **kwargs)
@@ -117,7 +117,7 @@ class SavedBytes:
 
     Attributes:
         total: bytes that autograd saved for the backward pass.
-        storages: number of storages that hold them.
+        storages: number of storages that hold these bytes.
     """
 
     total: int = 0
@@ -148,7 +148,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
         new = storages.add(tensor)
         result.total += new
         result.storages += new > 0
-        # An autograd node must not hold its own output with its graph: the two would never be freed.
+        # An autograd node must not hold its own output with its graph, because neither would ever be freed.
         return tensor.detach()
 
     try:
@@ -159,7 +159,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
 
 
 def transient_bytes(call: Callable[[], object], *, device: torch.device | str | None = None) -> int:
-    """Return the bytes that a call needs for a while only.
+    """Return the bytes that a call needs only temporarily.
 
     This is the peak during the call minus the bytes that are still alive when it returns: its result, and the tensors
     saved for the backward pass.

@@ -22,8 +22,8 @@ class StepTimer:
         print(timer.median)
 
     Attributes:
-        warmup: number of first steps that the median leaves out. If all steps belong to the warm-up, the median is of
-            all of them.
+        warmup: number of first steps that the median leaves out. If all steps belong to the warm-up, the median is over
+            all steps.
         device: a CUDA device to synchronise before the clock is read.
         seconds: duration of each step, including the warm-up.
 

@@ -29,7 +29,8 @@ METHODS = {
     "flare-mt": "FLARE MT",
     "flare": "FLARE",
 }
-#: Main settings, in which adapters, the base, and the base on translated text are tested. Labels name other settings.
+#: The main setting of adapters, of the base model, and of the base model on translated text. A line's label names its
+#: setting only if it is not one of these.
 _MAIN = ("translate-train", "zero-shot", "translate-test")
 
 

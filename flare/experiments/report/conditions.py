@@ -140,7 +140,9 @@ def _different_rows(group: RunGroup) -> list[str]:
     return lines
 
 
-_UNSTEADY = 1.5  # warn above this ratio of slowest to fastest run; equal eager steps vary by up to 30 % between runs
+#: Warn if the slowest run takes more than this many times as long as the fastest run. Equal steps in eager mode vary by
+#: up to 30 % between runs.
+_UNSTEADY = 1.5
 _MAIN_SETTINGS = ("translate-train", "zero-shot", "translate-test")
 _COSTS: dict[str, Callable[[Run], Any]] = {
     "devices": lambda run: run.record.environment.get("device"),

@@ -20,7 +20,7 @@ UNTRAINED = ("zero-shot", "translate-test")
 
 @dataclass(frozen=True)
 class OverviewLine:
-    """Scores of one line (a method, usually) on one model.
+    """Scores of one line of the tables (usually a method) on one model.
 
     Attributes:
         label: label of the line, see `collect`.
@@ -46,7 +46,7 @@ class Overview:
     """Lines of one model.
 
     Attributes:
-        model: display name of the model, with the source language if the report has several.
+        model: display name of the model, with the source language if the report has several source languages.
         tasks: display name of a task -> metric.
         lines: the lines, sorted by method in the paper's order.
     """
@@ -173,7 +173,7 @@ def overview_table(models: Sequence[Overview]) -> Table:
 
 
 def overview_csv(models: Sequence[Overview]) -> str:
-    """Return the overview as CSV: one row for each model, method and task, and for each average."""
+    """Return the overview as CSV: one row for each model, method and task, and one row for each average."""
     rows: list[list[object]] = []
     for one in models:
         for line in one.lines:
@@ -196,11 +196,12 @@ ABLATIONS = {
 
 
 def ablation_table(groups: Sequence[RunGroup], metrics: Mapping[str, str], factor: Factor, title: str) -> Table | None:
-    """Return the table of an ablation, which compares lines that differ only in one factor; None if there are none.
+    """Return the table of an ablation, which compares lines that differ only in one factor.
 
-    The table has a column for each task, and their average. If there is only one task, the columns are its languages. A
-    cell averages over the languages that all lines of its task have. If a method has several families (sets of lines
-    that differ only in the factor), such as fusions with r=64 and fusions with r=8, the largest family is shown.
+    The table has a column for each task, and a column with the average over the tasks. If there is only one task, the
+    table has a column for each language instead. A cell averages over the languages that all lines of its task have. If
+    a method has several families (sets of lines that differ only in the factor), such as fusions with r=64 and fusions
+    with r=8, the largest family is shown. Return None if there are no families.
     """
     groups = [group for group in groups if not group.rows]
     models = model_names(group.model for group in groups)

@@ -75,7 +75,7 @@ def comparable(table: Quality, candidates: list[Family]) -> tuple[list[str], lis
     """Select languages and families so that every line of these families has scores in all these languages.
 
     If all lines share some languages, return these languages and all families. Otherwise return all languages and the
-    families whose lines have all of them, which may be an empty list.
+    families whose lines have scores in all languages; the list of families may then be empty.
     """
     labels = [label for family in candidates for label in family.values()]
     languages = [one for one in table.languages if all(table.line(label).cells[one] for label in labels)]
@@ -91,7 +91,7 @@ def average_over(group: RunGroup, label: str, metric: str, languages: list[str])
         if entry.language in scores and metric in entry.scores:
             scores[entry.language][entry.seed] = entry.scores[metric]
     cell = average(scores, languages)
-    assert cell is not None, "there is a language"
+    assert cell is not None, "languages must not be empty"
     return cell
 
 

@@ -36,7 +36,7 @@ def representative_lines(group: RunGroup, table: Quality) -> list[Line]:
     closest: dict[str, Line] = {}
     for line in table.lines:
         method = method_of(group, line.label)
-        closest[method] = min(closest.get(method, line), line, key=distance)  # the first of lines with equal keys
+        closest[method] = min(closest.get(method, line), line, key=distance)  # with equal keys, the first line
     return [
         line for line in table.lines if line in closest.values() or _is_main(line.label, method_of(group, line.label))
     ]

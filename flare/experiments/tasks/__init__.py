@@ -1,6 +1,6 @@
 """Read the rows of a task, pair the rows of two languages, encode the pairs for a model, and score predictions.
 
-The tasks are those of the paper, tasks on further data sets, and tasks for your own data (`.registry`).
+There are the tasks of the paper, tasks on further data sets, and tasks for your own data (`.registry`).
 
 task = get_task("nusax")
 pairs, notes = load_pairs(task, "data", "english", "acehnese", "train")

@@ -46,7 +46,7 @@ def align(
     ambiguous which texts belong together), if the labels of the pair differ (the tags of words are not compared), or if
     a text of the pair is empty. Dropped rows are reported with their count and some of their ids.
 
-    If a language has no ids, rows are paired by position, and both languages must have equally many rows.
+    If one of the languages has no ids, rows are paired by position, and both languages must have equally many rows.
 
     Args:
         targets: rows in the target language.
@@ -62,7 +62,7 @@ def align(
         position.
 
     Raises:
-        DataError: no rows match, or there are no ids and the two languages have different numbers of rows.
+        DataError: no rows match, or a language has no ids and the two languages have different numbers of rows.
     """
     notes = []
     if not translated and (_without_ids(targets) or _without_ids(sources)):

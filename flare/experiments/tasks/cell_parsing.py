@@ -12,17 +12,18 @@ from .data_error import DataError
 from .registry import Task
 
 NameOf = Callable[[Any], str]
-#: Column with the whole sentence, which a token-classification row may have instead of words if it is only a source.
+#: Column of the whole sentence. A token-classification row that is only used as a source may have this column instead
+#: of words and tags.
 SENTENCE = "text"
-#: Column with a list of all choices of a multiple-choice row. It may replace the columns with one choice each.
+#: Column with the list of all choices of a multiple-choice row, accepted instead of one column per choice.
 CHOICES = "choices"
 
 
 def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
     """Return the columns that a split needs.
 
-    Some kinds of task accept several column layouts (see `flare.experiments.tasks.registry`). `columns`, the columns
-    that the split has, decide which layout applies.
+    Some kinds of task accept several column layouts (see `flare.experiments.tasks.registry`). The columns that the
+    split has (`columns`) decide which layout applies.
     """
     if task.kind == "qa":
         has_answers = "answers" in columns or "answer" in columns
@@ -63,7 +64,7 @@ def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, 
 def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: Sequence[str], where: str) -> Any:
     """Return the label of a row (see `Example.label`), or None for a token-classification row without words.
 
-    This function does not check that the task has the label; `row_parsing.check_labels` does.
+    `row_parsing.check_labels` checks later that the label is one of the task's labels.
 
     Args:
         row: column -> value.

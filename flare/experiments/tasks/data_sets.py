@@ -24,7 +24,8 @@ class Elsewhere:
     """A second data set, from which English rows are read because the first data set lacks them.
 
     Attributes:
-        hub_id, configuration: hub id of the second data set, which has the same columns, and its English configuration.
+        hub_id: hub id of the second data set, which has the same columns.
+        configuration: name of its English configuration.
         note: line that tells the user where the English rows come from.
         renamed: label of the second data set -> label of the task; labels that are not listed are unchanged.
     """
@@ -42,11 +43,11 @@ class DataSet:
     Attributes:
         hub_id: owner/name.
         codes: names of the configurations, one per language; None if the names are FLORES-200 tags.
-        languages: number of languages; only set if `codes` is None.
+        languages: number of languages if `codes` is None, otherwise 0.
         parallel: whether rows of two languages with the same id (or position) are translations of each other.
         splits: the splits that the data set has.
-        english: split -> the second data set that the English rows of this split are read from. Splits that are not
-            listed have English rows of their own, or none.
+        english: split -> the second data set that the English rows of this split are read from. The English rows of a
+            split that is not listed come from the data set itself, if it has English rows.
     """
 
     hub_id: str

@@ -24,7 +24,8 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
                 list(row.texts.items()),
                 row.label,
                 [[answer.text, answer.start] for answer in row.answers],
-                *([row.words] if row.words else []),  # rows without words have the same digest in earlier versions
+                # a row without words adds nothing here, so that its digest equals its digest in earlier versions
+                *([row.words] if row.words else []),
             ]
             for row in rows
         ]

@@ -1,4 +1,4 @@
-"""Labels inferred from the training rows, checked for likely mistakes."""
+"""Infer the labels of a task from its training rows, and check the labels for likely mistakes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _MIN_ROWS = 10  # among at least this many rows, a label that occurs only once i
 
 
 def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
-    """Return the labels of training rows with the number of rows of each: names alphabetically, then integers by value.
+    """Return {label: number of rows with this label}. Names come first, alphabetically, then integers by value.
 
     A row may have several labels.
 
     Raises:
-        DataError: labels are numbers with fractions, differ only in case or spaces, or occur once among ten or more
-            rows. The message names the row and says what to do.
+        DataError: the labels are numbers with fractions, two labels differ only in case or spaces, or a label occurs in
+            only one of ten or more rows. The message names the row and says what to do.
     """
     labels = [row.label if isinstance(row.label, tuple) else (row.label or "",) for row in rows]
     counts = Counter(label for names in labels for label in names)
@@ -56,7 +56,7 @@ def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
 
 
 def inferred_tags(rows: Sequence[Example]) -> dict[str, int]:
-    """Return IOB2 tags with the number of words of each: O, then B- and I- of every type in the training rows."""
+    """Return {IOB2 tag: number of words with this tag}: first O, then B- and I- of every type in the training rows."""
     counts = Counter(tag for row in rows for tag in row.label or ())
     types = sorted({tag[2:] for tag in counts if tag != "O"})
     return {tag: counts[tag] for tag in ("O", *(f"{mark}-{name}" for name in types for mark in "BI"))}

@@ -80,7 +80,7 @@ def _by_key() -> dict[str, Language]:
 
 
 def language(name_or_code: str) -> Language:
-    """Return a language by its name, ISO code or NLLB tag, in any case.
+    """Return a language by its name, ISO code or NLLB tag, ignoring case.
 
     Raises:
         UserError: the language is not in the table; the message suggests similar names.

@@ -48,7 +48,7 @@ def check_metric_packages(task: Task) -> None:
 def score(task: Task, predictions: Sequence[Any], truth: Sequence[Example]) -> dict[str, float]:
     """Return the task's metrics in percent. The metric that selects checkpoints comes first.
 
-    Rows without a label, and questions without an accepted answer, do not count.
+    Rows without a label, and questions without an accepted answer, are left out.
 
     Args:
         task: the task.
@@ -123,7 +123,7 @@ def macro_f1(predictions: Sequence[str], truth: Sequence[str], labels: Sequence[
 
 
 def micro_f1(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], labels: Sequence[str]) -> float:
-    """Return the F1 over all decisions together, one for each label in each row. Each row is a set of labels."""
+    """Return the F1 over all yes/no decisions, one for each label in each row. Each row is a set of labels."""
     from sklearn.metrics import f1_score
 
     true, predicted = ([int(label in row) for row in rows for label in labels] for rows in (truth, predictions))
@@ -133,7 +133,10 @@ def micro_f1(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]
 def macro_f1_of_sets(
     predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> float:
-    """Return the unweighted mean of the F1 of every label; a label that is neither predicted nor true counts as 0."""
+    """Return the unweighted mean of the F1 of every label, where each row is a set of labels.
+
+    A label that is neither predicted nor true counts as 0.
+    """
     return sum(micro_f1(predictions, truth, [label]) for label in labels) / len(labels)
 
 

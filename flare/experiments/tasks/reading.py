@@ -60,7 +60,7 @@ def has_split(task: Task, data: Data, language: str, split: str) -> bool:
 def resolve_labels(task: Task, data: Data, language: str) -> Task:
     """Return the task with labels. If it has no labels yet, they are taken from a language's training rows.
 
-    Names are sorted alphabetically, integers by value.
+    Class names are sorted alphabetically, integers by value. Of IOB2 tags, O comes first.
 
     Raises:
         DataError: labels look like mistakes; see `label_inference.inferred_labels`.
@@ -101,11 +101,12 @@ def data_notes(task: Task, data: Data, split: str, languages: Sequence[str]) -> 
 def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[str]]:
     """Return the target languages that `--target all` stands for, and notes.
 
-    These are all languages except the source. The languages of a folder are its sub-folders with a test split. The
-    languages of a task's data set on the hub are those that NLLB can translate.
+    These are all languages except the source. For a folder, they are its sub-folders with a test split. For a task's
+    data set on the hub, they are the languages that NLLB can translate.
 
     Raises:
-        UserError: the data set's languages are not known to this package, or no language is left.
+        UserError: `data` is `ParallelColumns`, the data set's languages are not known to this package, or the source is
+            the only language.
     """
     folder = None if isinstance(data, ParallelColumns) else _folder(data)
     notes: list[str] = []

@@ -12,8 +12,8 @@ has an ``id`` and these columns:
     multiple-choice       text_columns (context columns, then choice_columns); one column ``choices`` with a list may
                           replace choice_columns; label_column: a letter, or a number counted from first_choice
     multi-label           text_columns; label_column: a list of label names, a list of indices in `labels`, or a list
-                          with one 0 or 1 for each of `labels`. One column of 0 and 1 for each of `labels`, named like
-                          the label, may replace label_column
+                          with one 0 or 1 for each of `labels`. Instead of label_column, there may be one column for
+                          each of `labels`, named like the label, with the value 0 or 1
     regression            text_columns; label_column: a number
 
 In a file format without lists (CSV), a list is written as JSON, or separated by spaces (tokens, tags) or semicolons

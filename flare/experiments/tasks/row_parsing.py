@@ -1,4 +1,4 @@
-"""Parse the rows of a file or hub data set into examples: check columns, name labels, read answers."""
+"""Parse the rows of a file or hub data set into examples: check columns, convert label indices, read answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ID_LIKE_NAMES = frozenset(
 #: Kind of task -> further options that name its columns.
 _COLUMN_OPTIONS = {
     "multiple-choice": " and --choice-columns",
-    "multi-label": " (columns of 0 and 1, one for each label: with --labels)",
+    "multi-label": " (if every label has its own column of 0 and 1, name these columns with --labels)",
 }
 
 
@@ -40,8 +40,8 @@ def examples_from(
         name_of: function that returns the label of a class index; None if the data set does not name its classes.
 
     Raises:
-        DataError: a column is missing, there are no rows, the task does not have a row's label, or an answer cannot be
-            parsed.
+        DataError: a column is missing, there are no rows, a row's label is not one of the task's labels, or an answer
+            cannot be parsed.
     """
     rows = list(rows)
     if not rows:

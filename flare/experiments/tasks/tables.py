@@ -48,7 +48,7 @@ class Table:
 
 
 def find_tables(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
-    """Return the tables called `name` in a folder; for a sharded table, its first shard."""
+    """Return the paths of the tables called `name` in a folder; for a sharded table, the path of its first shard."""
     paths = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").is_file()]
     for suffix in suffixes:
         paths += sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))[:1]
@@ -86,7 +86,11 @@ def read_table(path: Path) -> Table:
 
 
 def check_keys(rows: Sequence[dict[str, Any]], columns: Sequence[str], where: str) -> None:
-    """Raise DataError if a row lacks one of these columns, as can happen in JSON files, where each row has its keys."""
+    """Check that every row has these columns. The rows of a JSON file may have different keys.
+
+    Raises:
+        DataError: a row lacks one of the columns.
+    """
     for index, row in enumerate(rows):
         missing = [column for column in columns if column not in row]
         if missing:
@@ -227,7 +231,7 @@ def _read_parquet(path: Path) -> Table:
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow: pip install pyarrow, or write the data as CSV or JSON lines") from error
     try:
-        # not read_table: it would add a column for a parent folder called NAME=VALUE
+        # pyarrow's read_table would add a column if a parent folder is called NAME=VALUE
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error

@@ -50,7 +50,8 @@ def mark(context: str, answer: Answer) -> Marked:
     If the answer's start is not given, the context must contain the answer exactly once.
 
     Raises:
-        MarksLost: the answer is not at its start, or the text contains every kind of mark.
+        MarksLost: the answer is not at the given start; no start is given and the context does not contain the answer
+            exactly once; or every kind of mark occurs in the context.
     """
     text, start = answer.text, answer.start
     if start < 0 and text and context.count(text) == 1:

@@ -53,8 +53,8 @@ def make_plan(
         texts: the texts, in any order; blank ones are not translated.
         measure: function that returns the number of tokens of each text in a list, including language tags.
         limit: maximum tokens of a piece; longer texts are split at sentence ends. None: texts are not split.
-        batch_tokens: maximum tokens of a batch: the number of pieces times the tokens of the longest piece. A piece
-            with more tokens gets a batch of its own.
+        batch_tokens: maximum tokens of a batch, counted as the number of pieces times the tokens of the longest piece.
+            A piece with more tokens gets a batch of its own.
         batch_size: maximum number of pieces in a batch; None: no maximum.
     """
     distinct = list(dict.fromkeys(text for text in texts if text.strip()))
@@ -81,7 +81,7 @@ def make_plan(
 
 
 def sentences(text: str) -> list[tuple[str, str]]:
-    """Split a text into sentences by a simple rule; return each with the white space after it.
+    """Split a text into sentences by a simple rule; return each sentence with the white space after it.
 
     >>> sentences("It rains. Stay in!")
     [('It rains.', ' '), ('Stay in!', '')]
@@ -103,7 +103,7 @@ def _split(text: str, measure: Callable[[Sequence[str]], Sequence[int]], limit: 
     """
     parts = sentences(text)
     runs: list[tuple[str, str]] = []
-    used = 0  # upper bound of the run's tokens: the language tags are counted for every sentence
+    used = 0  # upper bound of the run's tokens, because the count of every sentence includes language tags
     for (sentence, space), tokens in zip(parts, measure([sentence for sentence, _ in parts]), strict=True):
         if runs and used + tokens <= limit:
             previous, between = runs[-1]
@@ -112,7 +112,7 @@ def _split(text: str, measure: Callable[[Sequence[str]], Sequence[int]], limit: 
         else:
             runs.append((sentence, space))
             used = tokens
-    # add a space between runs: a script without spaces is often translated into one with spaces
+    # add missing spaces between runs: the translation may be in a script that separates sentences by spaces
     return [(run, space or " ") for run, space in runs[:-1]] + [(runs[-1][0], "")]
 
 

@@ -26,12 +26,14 @@ class TranslationError(UserError):
 
 
 class TranslationModel:
-    """An encoder-decoder with its tokenizer, for any number of directions. The weights are loaded on first use.
+    """An encoder-decoder with its tokenizer. Translators of several directions can share it.
+
+    The weights are loaded on first use.
 
     Args:
         name: hub id or folder (NLLB, M2M100, mBART, Marian, T5, ...).
         revision: branch, tag or commit on the hub.
-        device: None: the GPU if there is one, else the CPU.
+        device: device of the model; None: the GPU if there is one, else the CPU.
         dtype: "float32", "float16", "bfloat16" or a torch dtype; "auto": bfloat16 on a GPU that supports it, else
             float32.
 
@@ -140,7 +142,7 @@ def writes_tags(tokenizer: Any) -> bool:
 
 
 def known_tags(tokenizer: Any) -> list[str]:
-    """Return the language tags of a tokenizer, including added ones."""
+    """Return the language tags of a tokenizer, including tags that were added to it."""
     listed = getattr(tokenizer, "lang_code_to_id", None)
     if listed:
         return sorted(listed)
@@ -164,7 +166,7 @@ def check_tag(tokenizer: Any, tag: str, option: str) -> None:
         return
     by_key = {known.casefold(): known for known in tags}
     similar = [by_key[key] for key in difflib.get_close_matches(tag.casefold(), list(by_key), n=3, cutoff=0.5)]
-    # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not spelled similarly: compare the first two letters
+    # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not spelled similarly, so compare two letters
     similar = similar or [known for known in tags if known[:2] == tag[:2]][:3]
     shown = f"did you mean {' or '.join(similar)}?" if similar else f"the first tags are {', '.join(tags[:8])}"
     raise TranslationError(

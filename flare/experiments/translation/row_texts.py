@@ -24,8 +24,9 @@ class PreparedRows:
         texts: the texts to translate: the texts of every row, in the order of `columns`.
         columns: the text columns; for QA, the context is last.
         policy: what to do with a row whose answer span is lost in translation, one of `POLICIES`.
-        counts: the number of rows and of further answers, and for each reason the number of rows that were dropped or
-            kept without an answer span before translation.
+        counts: "rows": number of all rows; "dropped" and "without_span": reason -> number of rows that were dropped, or
+            that lost their answer span but were kept; "other_answers": number of answers that are not translated,
+            because their row has several answers.
     """
 
     rows: tuple[Example, ...]

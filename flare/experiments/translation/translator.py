@@ -59,7 +59,7 @@ class Translator:
         max_length: maximum tokens of a piece of text. Longer texts are split into sentences, and longer sentences are
             truncated. Default: the model's limit, at most 512.
         max_new_tokens: maximum tokens of a piece's translation. Default: the model's limit, at most 512.
-        batch_tokens: maximum tokens of a batch: the number of pieces times the tokens of the longest piece.
+        batch_tokens: maximum tokens of a batch, counted as the number of pieces times the tokens of the longest piece.
         batch_size: maximum number of pieces in a batch; None: no maximum.
         num_beams: 1 is greedy decoding, regardless of the model's generation_config.
         print_fn: called with a message when a batch does not fit into the GPU's memory.
@@ -145,7 +145,7 @@ class Translator:
                         "the GPU's memory is too small for one piece of text; lower --max-length, or use --dtype "
                         "bfloat16, a smaller model or --device cpu"
                     ) from error
-            # outside the except block: the exception keeps the failed batch's tensors alive
+            # after the except block, because the exception keeps the failed batch's tensors alive
             self._max_rows = rows // 2
             self._print_fn(
                 f"The GPU's memory is too small for batches of {rows} texts; continuing with {self._max_rows}."

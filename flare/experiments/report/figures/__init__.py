@@ -1,4 +1,4 @@
-"""Draw the figures of the report. A figure is left out, with the reason, if the runs lack its data."""
+"""Draw the figures of the report. If the runs lack the data of a figure, it is left out, and the reason is reported."""
 
 from __future__ import annotations
 

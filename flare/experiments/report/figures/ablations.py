@@ -124,7 +124,7 @@ def _comparable(table: Quality, candidates: list[Family], missing: str) -> tuple
 
 
 def _one_text(family: Family) -> Family:
-    """Return the lines whose source text is the same in training and test, without noise."""
+    """Return the lines of a family whose source text has no noise and is of the same kind in training and test."""
     return {kind: label for kind, label in family.items() if "," not in str(kind)}
 
 

@@ -18,8 +18,8 @@ from .layers import STREAMS
 from .style import COLUMN, NORMAL, PAGE, SMALL, NothingToDraw, caption, legend_below, new_figure, plain_axes
 
 _MOST_PANELS = 4  # maximum number of languages side by side
-_SHARE = 0.1  # averages leave out positions that less than this share of the rows reaches
-_MOST_TOKENS = 40  # tokens of a single row that are drawn
+_SHARE = 0.1  # averages leave out positions that fewer than this share of the rows reach
+_MOST_TOKENS = 40  # maximum number of tokens that are drawn of a single row
 
 
 def activation_labels(group: RunGroup) -> list[str]:

@@ -34,7 +34,7 @@ class Series:
     Attributes:
         name: name in the legend.
         method: the method that determines the color.
-        cells: tick of the axis -> scores; None if there are none.
+        cells: tick of the axis -> scores; None if there are no scores.
     """
 
     name: str
@@ -58,7 +58,7 @@ def grouped_bars(
         places: ticks of the axis, in order; they are split into rows if one row would be too narrow.
         ylabel: label of the axis, which starts at 0.
         reference: name and height of a dotted line through all axes.
-        apart: tick that is separated from the others by a line (the average).
+        apart: tick (of the average) that a line separates from the other ticks; None: no tick.
         digits: decimals of the numbers on the bars.
     """
     chosen = looks([one.method for one in series])

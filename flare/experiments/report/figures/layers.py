@@ -32,7 +32,10 @@ def layered_labels(group: RunGroup) -> list[str]:
 
 
 def draw_layers(group: RunGroup, label: str) -> Any:
-    """Draw mean |S| and |T| by block, averaged over seeds. A band shows the spread; line styles show projections."""
+    """Draw mean |S| and |T| by block, averaged over seeds.
+
+    A band shows the standard deviation over seeds. Each kind of projection has its own line style.
+    """
     panels = {one: [e for e in group.of(label, one) if e.run.metrics.bottleneck] for one in group.languages}
     panels = {language: entries for language, entries in panels.items() if entries}
     if not panels:
@@ -63,7 +66,7 @@ def draw_layers(group: RunGroup, label: str) -> Any:
         axes.set_title(shown[language], fontsize=NORMAL)
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain_axes(axes)
-    # after all panels are drawn: setting a limit stops the autoscaling of the shared axes
+    # after all panels are drawn, because setting a limit stops the autoscaling of the shared axes
     grid[0][0].set_ylim(bottom=0)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)

@@ -1,7 +1,7 @@
 """Forms for model heads that score a whole text: classification, multi-label, regression and multiple choice.
 
-A row holds one text, or a pair of texts, as one token sequence. The source text has a second sequence with the same
-layout. A decoder with such a head reads the same rows as an encoder.
+A row holds one text, or a pair of texts, as one token sequence. The source is encoded in the same way, as a second
+sequence. A decoder with such a head reads the same rows as an encoder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class ClassificationForm(Form):
     A row has the columns input_ids, labels (the index of the label) and, with a source, source_input_ids.
 
     Attributes:
-        problem_type: the model configuration's field that selects the loss; None: not set.
+        problem_type: value of the model configuration's field of this name, which selects the loss; None: the field is
+            not set.
     """
 
     layout = "encoder"
@@ -179,9 +180,9 @@ class ChoiceForm(ClassificationForm):
     """Form of a multiple-choice head, which returns logits (N, number of choices).
 
     The columns input_ids and source_input_ids hold one token sequence per choice, which encodes a pair of texts. If the
-    task has one context column, the first text is the context and the second text is the choice. If it has several, the
-    first text joins all of them except the last, and the second text is the last one (a question) followed by the
-    choice. Choice i of the target is fused with choice i of the source.
+    task has one context column, the first text is the context and the second text is the choice. If the task has
+    several context columns, the first text joins all of them except the last column, and the second text is the last
+    column (a question), followed by the choice. Choice i of the target is fused with choice i of the source.
     """
 
     auto_class = "AutoModelForMultipleChoice"

@@ -95,7 +95,7 @@ class GenerativeForm(Form):
     # --- generated text -------------------------------------------------------------------------------------------
 
     def next_tokens(self, generated: Sequence[int]) -> list[int] | None:
-        """Return the token ids that may follow the generated part of an answer; None: all of them.
+        """Return the token ids that may follow the generated part of an answer; None: every token may follow.
 
         A multiple-choice answer is restricted to the letters. If each letter is one token, as in nearly all
         vocabularies, generation returns the letter with the highest likelihood. lm-evaluation-harness scores Belebele

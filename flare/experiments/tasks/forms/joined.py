@@ -60,7 +60,7 @@ class JoinedForm:
         task = replace(form.task, max_length=form.max_length)
         joined = make_form(joined_task(task), form.tokenizer, form.layout)
         assert isinstance(joined, GenerativeForm)
-        # an answer may have as many tokens as in every other method, and a prompt twice as many
+        # the limit for answers is the same as in every other method, and the limit for prompts is twice as large
         joined.max_new_tokens, joined.longest_prompt = form.max_new_tokens, 2 * form.longest_prompt
         self._form = joined
 

@@ -34,7 +34,7 @@ def cut_to_fit(task: Task, texts: Mapping[str, str], fits: Callable[[str], bool]
     Returns:
         The prompt, or None if it does not fit even without the texts that may be truncated.
     """
-    # a joined QA task has two contexts, each after its question
+    # a joined task (input-level fusion) of QA has two contexts, each after its question
     cuttable = task.text_columns[1::2] if task.kind == "qa" else task.context_columns
 
     def cut(limit: int) -> str:

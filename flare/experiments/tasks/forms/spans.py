@@ -207,8 +207,8 @@ class SpanForm(Form):
 def locate(context: str, answer: Answer) -> int | None:
     """Return the index in the context at which an answer begins; None if the context does not contain the answer.
 
-    This is the answer's given start if the answer's text is there, and otherwise the nearest occurrence. If no start is
-    given, it is the first occurrence.
+    If the answer's text occurs several times, the occurrence nearest to `answer.start` counts, or the first occurrence
+    if no start is given.
     """
     text = answer.text
     if answer.start >= 0 and context.startswith(text, answer.start):
@@ -224,7 +224,7 @@ def locate(context: str, answer: Answer) -> int | None:
 def usable_answer(example: Example, context: str) -> tuple[int, int, bool] | None:
     """Return the characters [begin, end) of the first answer in the context, and whether its given start was wrong.
 
-    Return None if the context contains none of the answers.
+    Answers that the context does not contain are skipped. Return None if it contains none of the answers.
     """
     for answer in example.answers:
         begin = locate(context, answer)

@@ -129,7 +129,9 @@ class TokenForm(ClassificationForm):
 
 
 def first_tokens_of(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
-    """Return the first token of each word, or None for a word without a token. No token is the first of two words.
+    """Return the first token of each word, or None for a word without a token.
+
+    Two words never have the same first token.
 
     Args:
         words: the words; joined with single spaces, they are the sentence.
