@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if case is not None and part_cases is not None and case.case not in part_cases:
             continue
         if case is not None and case.case in finished:
-            item.add_marker(pytest.mark.skip(reason="this case has results that were measured with the same sources"))
+            item.add_marker(pytest.mark.skip(reason="this case already has results of the current source code"))
         selected.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected

@@ -57,7 +57,7 @@ def recorded_launches(shape: KernelShape) -> int | None:
 
 
 def operands(shape: KernelShape, device: torch.device) -> Operands:
-    """Return random inputs in bf16, scaled so that products have unit scale."""
+    """Return random inputs in bf16. A and B are scaled so that x A^T and H B^T have unit scale."""
     M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:

@@ -116,7 +116,8 @@ def grad_bottleneck(
     """Compute dT and dS in place, and return dB_i, from G_i = dL/dy_i (M, N_i).
 
     dH_i = scaling_i * G_i B_i goes through phi to dT and dS. dB_i = scaling_i * G_i^T H_i. dT, dS and B_grad_dtype are
-    None if that gradient is not needed. T may be None if only dT is needed.
+    None if that gradient is not needed. T may be None if only dT is needed and no phi is applied (``fusion`` or S is
+    None).
     """
     compute = T if T is not None else dT
     assert compute is not None, "grad_bottleneck needs T to compute dB, and dT if dB is not needed"

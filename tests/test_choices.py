@@ -52,11 +52,12 @@ def test_choices_train_the_head_and_use_a_cache(model, batch):
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert any("classifier" in name for name in trained)
     expected = model(**batch).logits
-    model.set_source_cache(flare.SourceStateCache(10**8, tiers=("host",)))
+    cache = flare.SourceStateCache(10**8, tiers=("host",))
+    model.set_source_cache(cache)
     try:
         for _ in range(2):  # first with a cold cache, then with a warm one
             torch.testing.assert_close(model(**batch).logits, expected)
-        assert model.base_model.model is not None
+        assert cache.stats().hits == 6, "the second pass reads every choice of both rows from the cache"
     finally:
         model.set_source_cache(None)
 

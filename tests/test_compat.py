@@ -187,9 +187,12 @@ def test_end_of_backward_and_distributed_wrappers_are_recognised() -> None:
     assert "_active_ddp_module" in inspect.getsource(torch.nn.parallel.DistributedDataParallel._inside_ddp_forward)
 
 
-def test_unit_classes_exclude_the_token_embeddings() -> None:
+def test_fsdp_shards_the_blocks_and_not_the_token_embeddings() -> None:
     assert _compat.unit_classes(tiny.model("bert")) == ["BertLayer"]
     assert _compat.unit_classes(tiny.model("llama")) == ["LlamaDecoderLayer"]
+
+
+def test_a_module_outside_fsdp_synchronizes_its_gradients() -> None:
     assert _compat.synchronizes_gradients(torch.nn.Linear(2, 2))
 
 

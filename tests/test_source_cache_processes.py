@@ -133,23 +133,26 @@ def test_a_full_filesystem_warns_once_and_stored_rows_are_read(tmp_path) -> None
 
 
 def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
+    """A process that writes shards is killed 12 times, a short and growing time after its first new shard."""
     model = fused("bert")
-    seeds = range(40)
-    batches = [batch_of("bert", seed=seed) for seed in seeds]
+    batches = [batch_of("bert", seed=seed) for seed in range(40)]
 
     def write() -> None:
         cache = cache_in("disk", tmp_path, 200 * MB)
         model.set_source_cache(cache)
-        while True:
-            for batch in batches:
-                model(**batch)
-                cache.flush()
-            time.sleep(10)
+        for batch in batches:
+            model(**batch)
+            cache.flush()
+        time.sleep(600)
 
     entry_counts, last = [], 0
     for attempt in range(12):
+        shards_before = len(shards(tmp_path))
         pid = in_child(write)
-        time.sleep(0.03 + 0.017 * attempt)
+        while len(shards(tmp_path)) == shards_before < len(batches):
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the process has failed"
+            time.sleep(0.001)
+        time.sleep(0.001 * attempt)
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the process was still running"
         for path in shards(tmp_path):

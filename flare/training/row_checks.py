@@ -159,7 +159,10 @@ def _ids_of(model: Any, kind: str) -> list[int]:
 
 
 def first_special(tokenizer: Any) -> int | None:
-    """Return the special token id that a tokenizer puts at the start of every text, or None."""
+    """Return the first token id of the empty text, or None if it has no tokens.
+
+    If the tokenizer puts a special token at the start of every text, this is its id.
+    """
     ids = tokenizer("")["input_ids"]
     return ids[0] if ids else None
 

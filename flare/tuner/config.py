@@ -19,8 +19,8 @@ from .card import fill_card
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")
 
-# Fields of LoraConfig that select a LoRA variant. A variant does not compute scaling * phi(S, T) B^T, so a fusion would
-# have no effect.
+# Fields of LoraConfig that cannot be combined with a fusion. Most select a LoRA variant, which computes another update
+# than `scaling * phi(S, T) B^T`.
 _VARIANTS = (
     "use_dora",
     "use_bdlora",
@@ -75,11 +75,12 @@ def _help_from_docstring(cls: type[_Config]) -> type[_Config]:
 class FlareConfig(LoraConfig):
     """Configuration of a FLARE adapter: every field of :class:`peft.LoraConfig`, and how the two streams are fused.
 
-    ``save_pretrained`` writes all fields to ``adapter_config.json``. The fields below are added by FLARE, or
-    have a default that differs from PEFT's. Example::
+    ``save_pretrained`` writes all fields to ``adapter_config.json``. Example::
 
         config = flare.FlareConfig(r=16, lora_alpha=32, fusion="mul", lora_dropout=0.1)
         model = flare.fast_lora(model, config)
+
+    Under Args are the fields that FLARE adds, and the fields whose default differs from PEFT's.
 
     Args:
         r (int): Rank of the adapter.

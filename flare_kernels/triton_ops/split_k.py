@@ -28,7 +28,8 @@ _MAX_SPLITS = 64
 #: Largest number of tiles of one result in the form "last_adds", which has a counter per tile.
 MAX_COUNTERS = 4096
 
-#: BLOCK_M is the number of splits per loop iteration, BLOCK_N the number of elements per program.
+#: Configuration of split_k_reduce_kernel. BLOCK_M is the number of splits per loop iteration, BLOCK_N the number of
+#: elements per program.
 _CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=0, BLOCK_N=256, BLOCK_R=0, num_warps=4, num_stages=2)
 
 
@@ -61,8 +62,8 @@ def split_k_reduce_kernel(workspace, out, splits, numel, BLOCK_M: tl.constexpr, 
 def reduction_launcher(mode: Mode, workspace_size: Sequence[int], device: torch.device) -> Launcher | None:
     """Return the launcher of the reduction, or None if there is only one split.
 
-    ``run(workspace, out, *constants)`` computes out = workspace.sum(0), rounded once. Both tensors are contiguous, and
-    the first dimension of ``workspace_size`` is the number of splits.
+    ``launcher.run(workspace, out, *launcher.constants)`` computes out = workspace.sum(0), rounded once. Both tensors
+    are contiguous, and the first dimension of ``workspace_size`` is the number of splits.
     """
     splits, numel = workspace_size[0], math.prod(workspace_size[1:])
     if splits == 1:

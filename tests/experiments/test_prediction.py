@@ -72,7 +72,7 @@ def pairs(place: Path) -> tuple[list[str], list[str]]:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_source_is_required_without_no_source(place, tmp_path, capsys):
+def test_texts_without_a_source_are_an_error_unless_no_source_is_given(place, tmp_path, capsys):
     words = ("--input", place / "texts.jsonl", "--output", tmp_path / "out.jsonl")
     assert predict(place, *words) == 2
     err = capsys.readouterr().err

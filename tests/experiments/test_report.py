@@ -394,7 +394,7 @@ def test_errors_name_what_cannot_be_reported(small: Path, tmp_path: Path) -> Non
         assert all(word in str(caught.value) for word in words), caught.value
         assert not (tmp_path / "never").exists()
 
-    refused("no such folder", runs=[tmp_path / "nowhere"], kind=RecordError)
+    refused("this folder does not exist", runs=[tmp_path / "nowhere"], kind=RecordError)
     (tmp_path / "empty").mkdir()
     refused("no runs found", "flare finetune", runs=[tmp_path / "empty"])
     make_run(tmp_path / "begun", "ace", "lora", 0, None, status="running")

@@ -206,7 +206,7 @@ def _sentence(rng: random.Random, label: str) -> Sentence:
 
 
 class Corpus(NamedTuple):
-    """The parts of the embedded corpus. No sentence occurs in two parts.
+    """The parts of the generated corpus. No sentence occurs in two parts.
 
     Attributes:
         finetune: labelled sentences to fine-tune the base model on; only their English side is used.

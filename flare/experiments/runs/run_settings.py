@@ -33,7 +33,7 @@ class Settings:
 
     PAPER: ClassVar[dict[str, Any]] = {"padding": "max_length"}
 
-    task: str | None = option("str", f"{', '.join(TASKS)} ({', '.join(OWN)} are for your own data)")
+    task: str | None = option("str", f"a task of the list below; for your own data: {', '.join(OWN)}")
     data: str | None = option(
         "str",
         "folder (one sub-folder per language), table with columns of both languages, or hub id (default: the task's)",
