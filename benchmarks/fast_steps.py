@@ -55,7 +55,8 @@ _UNTIL_REPLAY = 4
 def methods_of(shape: shapes.StepShape) -> tuple[str, ...]:
     """Return the methods of this file for a shape.
 
-    A block has compiled methods. A whole step has captured and compiled methods.
+    One block is timed compiled, and a whole step captured and compiled. Padded shapes of small models are timed only
+    captured; those of big models are not timed here.
     """
     big = shape.model.d > 1024
     if shape.padded:
@@ -75,7 +76,7 @@ def eager_form(method: str) -> str:
 
 
 def refusal(method: str, question: str, device: torch.device) -> str | None:
-    """Return why a method cannot run on this machine, or None if it can."""
+    """Return why a method is not timed on this device with the chosen grid, or None if it is timed."""
     if device.type != "cuda":
         return (
             "CUDA graphs need a CUDA device" if method in CAPTURED else "compiled steps are timed on a CUDA device only"
@@ -145,7 +146,7 @@ class FastSteps:
         """Empty the allocator's cache, and return the reserved bytes that no live tensor uses (graphs hold them).
 
         Raises:
-            CannotRun: if the graph held its activations, memory would not suffice for the largest eager row.
+            CannotRun: the free memory cannot hold the activations of the graph and of the largest eager row together.
         """
         torch.cuda.empty_cache()
         needed = self.eager_bytes.get(CAPTURED[method], 0) + max(self.eager_bytes.values(), default=0)

@@ -1,6 +1,8 @@
 """Time the two kinds of programs of grad_bottleneck, alone and together, to find what limits the kernel.
 
-    python benchmarks/grad_bottleneck_parts.py --output parts.json      # a CUDA device; --dry: the interpreter, small
+    python benchmarks/grad_bottleneck_parts.py --output parts.json      # needs a CUDA device
+
+With --dry it runs small shapes in Triton's interpreter.
 
 The row programs ("rows") compute dT and dS, the strip programs ("strips") compute dB, and "both" computes all. Each
 part is timed with many tile sizes, and "both" also in two forms (ways to launch the programs). If Nsight Compute (ncu)
@@ -45,7 +47,7 @@ _METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_sector_hit_rate.pct": "l2_h
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a part of the work (of `PARTS`), the form of the step, and the tile sizes of all its kernels."""
+    """One measurement: a part of grad_bottleneck (see `PARTS`), its form, and the tile sizes of all its kernels."""
 
     shape: str
     part: str
@@ -146,7 +148,7 @@ def _short(tiles: TileConfig) -> str:
 
 
 def table(rows: list[dict[str, Any]], most: int = 8) -> str:
-    """Return the ``most`` fastest rows of each case as text."""
+    """Return the ``most`` fastest rows of each shape and part as text."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = [row for row in rows if row["case"] == case and row["status"] == "timed"]

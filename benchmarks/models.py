@@ -1,8 +1,8 @@
 """Build whole models with random weights, and run the methods that train them on source and target texts.
 
-All methods share one set of weights. Their models are copies of one PEFT model that have separate modules but refer to
-the same tensors, and some copies get this package's layers. The methods can therefore be timed in turn, although the
-weights of a big model are in memory only once. A method is one row in the tables of results:
+All methods share one set of weights. Their models are copies of the base or of one PEFT model. A copy has separate
+modules that refer to the same tensors, and some copies get this package's layers. The methods can therefore be timed in
+turn, although the weights of a big model are in memory only once. A method is one row in the tables of results:
 
 ===============  =====================================================================================================
 frozen           the frozen model: forward, and backward to its embeddings
@@ -193,7 +193,10 @@ class Models:
 
     @classmethod
     def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
-        """Build all models. They have LoRA on query and value, in the model's dtype, with a random B."""
+        """Build all models except those with Liger's kernels.
+
+        All but ``frozen`` have LoRA on query and value, in ``dtype``, with a random B.
+        """
         frozen = same_weights(base).requires_grad_(False)
         frozen.enable_input_require_grads()
         stock = peft.get_peft_model(base, lora_config(family, r), autocast_adapter_dtype=False)

@@ -1,8 +1,8 @@
 """Compile the kernels ahead of time and report registers, spills and shared memory.
 
-``python -m flare_kernels.aot`` compiles the kernels in bfloat16 for sm_80, sm_90 and sm_100, with every configuration
-that the general rule (``triton_ops/config.py``) can choose, and a few cases of other dtypes and options. ``--all``
-compiles every combination of target, dtype, rank, fusion, alignment and dropout (:func:`all_cases`). The primitives
+``python -m flare_kernels.aot`` compiles the kernels in bfloat16 for sm_80, sm_89, sm_90 and sm_100, with every
+configuration that the general rule (``triton_ops/config.py``) can choose, and a few cases of other dtypes and options.
+``--all`` compiles every combination of target, dtype, rank, fusion, alignment and dropout (:func:`all_cases`). The primitives
 (``triton_ops/primitives.py``) run on CPU tensors under :func:`flare_kernels.launch_mode.recording`, which collects
 their launches. Each collected launch is compiled with the arguments, the configuration and the specialisation that it
 would have on a GPU. The exit status is 1 if
@@ -239,7 +239,7 @@ def ci_cases() -> Iterator[Case]:
     """Yield the cases that CI compiles: the general rule in bfloat16, and a few other dtypes, options and forms."""
     for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
         yield Case(capability, rank=rank)
-    # sm_89 stands for sm_86 and sm_120 too, which have the same rows and the same shared memory
+    # sm_89 stands for sm_86 and sm_120 too: they get the same configurations and have as much shared memory
     yield from (Case(89, rank=rank) for rank in (16, 32, 64, 128))
     yield Case(90, dtype="float32")
     yield Case(90, aligned=False)

@@ -64,8 +64,9 @@ class Call:
         only_adds: whether the fusion of every projection is "add" (H = S + T).
         adapted: the output index of each projection, in stacking order.
         others: the indices of the outputs without an adapter.
-        needs: mapping to :class:`Needs`. A key is (flags, number of S_i), where the flags tell whether x, x_source,
-            each S_i, each A_i and each B_i require grad.
+        needs: mapping to :class:`Needs`. A key is (flags, number of S_i). The S_i are the source bottlenecks that the
+            caller passes instead of x_source. The flags tell whether x, x_source, each S_i, each A_i and each B_i
+            require grad.
     """
 
     def __init__(self, ops: Any, dtype: torch.dtype, adapters: Sequence[AdapterSpec], outputs: int, p: float) -> None:
@@ -123,7 +124,7 @@ class Needs:
         self.x, self.x_source, self.S, self.A, self.B = x, x_source, S, A, B
         self.count_S = len(S)
         self.any_S, self.any_A, self.any_B, self.all_B = any(S), any(A), any(B), all(B)
-        #: whether some required gradient depends on dT
+        #: whether some required gradient depends on dT or dS
         self.hidden = x or x_source or self.any_S or self.any_A
         self.anything = self.hidden or self.any_B
 

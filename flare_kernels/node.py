@@ -9,7 +9,8 @@ frozen weights W_i are passed, the node also computes dx of the frozen products,
 dx = sum_i G_i W_i + dT A. Either the frozen products write a result and the adapters add to it, or the adapters write
 it and the frozen products add to it (:mod:`flare_kernels.order`).
 
-Every tensor in this module is a matrix: M tokens, K input width d, N output width n, R rank.
+Except for biases and seeds, tensors in this module are matrices, with M tokens. K also stands for the input width d, N
+for an output width n, and R for the stacked rank.
 :mod:`flare_kernels.function` wraps the node in an autograd function, :mod:`flare_kernels.library` in operators for
 ``torch.compile``.
 """

@@ -111,7 +111,7 @@ def lora_step(width: int) -> int:
     tokens = B * width
     head = 3 * 2 * B * (d * d + d * CLASSES)  # forward, weight and input gradient
     frozen = 3 * L * block_forward(width) - L * 2 * tokens * (4 * d * d + 2 * d * f)  # no gradient of frozen weights
-    adapter = 2 * tokens * r * (3 * d + 3 * d)  # T, dA and dx; B H, dH and dB
+    adapter = 2 * tokens * r * (3 * d + 3 * d)  # products with A: T, dA, dx; products with B: phi B^T, its gradient, dB
     first = 2 * tokens * 3 * d * d + 2 * 2 * tokens * r * d  # the first block needs no gradient of its input or key
     first += 2 * B * width**2 * d
     return head + frozen + 2 * L * adapter - first
@@ -207,10 +207,11 @@ def joint(t: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_transient_memory_is_at_most_a_twentieth_of_eager_pytorch() -> None:
-    """Compare an adapter's forward pass, with the fallback in PyTorch, and the same formula in eager PyTorch.
+    """Compare the forward pass of an adapter with backend="torch" and the same formula in eager PyTorch.
 
-    Eager PyTorch writes B H and s B H to memory. The fallback writes only phi(S, T) and its two terms (the kernels
-    compute phi in registers). Here r / n = 1 / 32; the models have 1 / 64 to 1 / 16.
+    With H = phi(S, T), eager PyTorch writes H B^T and s H B^T to memory. backend="torch" writes relu(S), relu(T) and
+    their sum H; the Triton kernels compute H in registers. S and T are not counted, because backward needs them. Here
+    r / n = 1 / 32; the models have 1 / 64 to 1 / 16.
     """
     t = tensors()
     y = TOKENS * WIDTH * BF16
@@ -251,7 +252,8 @@ def test_one_adapter_call_computes_each_product_once() -> None:
     assert forward.by_op == {"mm": 2, "relu": 2, "add": 1, "addmm_": 1}
     with count_ops() as backward:
         torch.autograd.grad(y, inputs, G)
-    # dH and dB with their scale; phi and its derivative, copied into one buffer; dA of source and target; dx
+    # addmm: dH and dB, scaled. relu, add: phi again. le, masked_fill, copy_: dT and dS, copied into one buffer.
+    # mm, add_: dA of both streams, and dx.
     assert backward.by_op == {
         "addmm": 2,
         "le": 2,

@@ -359,4 +359,4 @@ def test_a_fitted_collator_respects_max_length():
     fitted = limited.fitted(data)
     widths = [fitted([row])["input_ids"].shape[1] for row in data]
     assert max(widths) == wide - 1
-    assert widths.count(wide - 1) > 3, "only a row with no room for the longest answer has another width"
+    assert widths.count(wide - 1) > 3, "most rows have the full width"

@@ -96,8 +96,8 @@ def trainer_layout(family: str) -> str:
     return {"llama": "causal", "mt5": "seq2seq"}.get(family, "encoder")
 
 
-def test_a_trainers_batches_stay_on_the_host(tmp_path: Path, recorders: Recorders) -> None:
-    """Otherwise accelerate would move the batches to the device before their masks are read."""
+def test_training_batches_of_captured_steps_stay_on_the_host(tmp_path: Path, recorders: Recorders) -> None:
+    """Their masks are read on the host, so accelerate must not move the batches first. It moves other batches."""
     for captured in (False, True):
         trainer = flare.FlareTrainer(
             model=flare_model("bert"),

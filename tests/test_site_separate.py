@@ -1,4 +1,4 @@
-"""Test projections that a site computes separately, because they are hooked, patched, parametrised or trained.
+"""Test projections that a site computes separately, for example because they are hooked, patched or trained.
 
 A site computes the other projections of an attention module in one joint call.
 """
@@ -45,9 +45,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("projection", ["q_proj.base_layer", "k_proj"])
 def test_hooked_or_patched_projection_is_called_as_a_module(change, projection, calls) -> None:
-    """The changed projection is not part of the joint call, even if the site has cached a plan that includes it.
+    """The changed projection leaves the joint call, even if the site has cached a plan that includes it.
 
-    The other projections are still computed in the joint call.
+    The other projections stay in the joint call. If only a frozen weight is a subclass or parametrised, its adapter
+    stays there too.
     """
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
@@ -58,7 +59,7 @@ def test_hooked_or_patched_projection_is_called_as_a_module(change, projection, 
     CHANGES[change](attention.get_submodule(projection))
     assert_same(step(model, inputs), expected)
     if change == "a tensor subclass" or (change, projection[0]) == ("a parametrisation", "q"):
-        # the frozen products have separate graphs, and the adapters share a call
+        # autograd differentiates the frozen products one by one; the adapters share a call
         assert calls.names[0] == {"q_proj", "v_proj"} and not calls["single"]
         assert calls["owned"] == calls["joint"] - 1
         return
@@ -69,7 +70,7 @@ def test_hooked_or_patched_projection_is_called_as_a_module(change, projection, 
 @pytest.mark.parametrize("how", ["hook", "scaled by a hook", "pruning", "parametrisation", "scaled forward"])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> None:
-    """Compare a step without the change and two SGD steps with it to the same steps of PEFT's model."""
+    """Compare two SGD steps to those of PEFT's model. In an earlier step, the site caches a plan without the change."""
     seen: collections.Counter[str] = collections.Counter()
     handles: list[Any] = []
     inputs = plain(tiny.batch("llama"))

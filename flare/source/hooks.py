@@ -243,7 +243,7 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def check_reached(model: nn.Module, context: SourceContext) -> None:
-    """Raise ValueError if the source did not reach a fusing layer, for example because the layer did not run.
+    """Raise ValueError if the source did not reach a fusing layer.
 
     Models that skip blocks at random in training (LayerDrop) are not checked.
     """
@@ -254,7 +254,8 @@ def check_reached(model: nn.Module, context: SourceContext) -> None:
         missed = sorted(layer for layer in expected if layers[layer] in context.missed)
         raise ValueError(
             f"the source did not reach {len(missed)} of {len(expected)} fusing layers (first: {missed[0]}): "
-            f"{type(model).__name__} does not pass unknown keyword arguments from its blocks to its attention"
+            f"they did not run, or {type(model).__name__} does not pass unknown keyword arguments from its blocks to "
+            "its attention"
         )
 
 

@@ -95,7 +95,8 @@ class ModelMap:
         stacks = _stacks(model, paths)
         if not stacks:
             raise ValueError(
-                f"{type(model).__name__}: its blocks cannot be found: {paths[0]} is not inside a torch.nn.ModuleList"
+                f"{type(model).__name__}: its blocks cannot be found: {paths[0]} is not inside a torch.nn.ModuleList "
+                "whose children all hold query or value projections"
             )
         _refuse_shared_blocks(model, stacks)
         children = {path.rpartition(".")[2] for path in paths}

@@ -41,7 +41,7 @@ DESCRIPTOR_KERNELS = {"shrink_tma", "grad_weight_tma"}
 
 @pytest.mark.slow
 def test_ci_selection_compiles_within_limits(reports: list[dict]) -> None:
-    """CI compiles every row of the general rule in bfloat16 for three targets, and a few other cases."""
+    """CI compiles all kernels in bfloat16 for four ranks and three targets, and a few other cases."""
     seen = {(r["kernel"], r["case"]["capability"], r["case"]["rank"]) for r in reports if r["case"]["aligned"]}
     for capability in (80, 90, 100):
         for rank in (16, 32, 64, 128):
@@ -61,8 +61,8 @@ def test_ci_selection_compiles_within_limits(reports: list[dict]) -> None:
 
 
 @pytest.mark.slow
-def test_large_gpus_use_tensor_cores(tmp_path: Path) -> None:
-    """A 16-bit kernel compiles to wgmma on sm_90, and float32 to neither wgmma nor TF32 mma on any target."""
+def test_16_bit_kernels_use_tensor_cores_and_float32_kernels_do_not(tmp_path: Path) -> None:
+    """On sm_90, bfloat16 compiles to wgmma, or to mma in the decode kernels. float32 uses neither on sm_80 and sm_90."""
     script = """
 import sys, triton
 from flare_kernels import aot
@@ -90,8 +90,8 @@ for dtype, capability in (("bfloat16", 90), ("float32", 80), ("float32", 90)):
         assert mma == str(narrow), (dtype, capability, kernel)
 
 
-def test_every_row_of_the_general_rule_is_launched() -> None:
-    """The cases of --all use each row of the general rule, on small and on large GPUs."""
+def test_every_default_configuration_is_launched() -> None:
+    """The cases of --all use each default configuration (`config.all_configs`), on small and on large GPUs."""
     script = """
 from flare_kernels import aot
 from flare_kernels.triton_ops import config

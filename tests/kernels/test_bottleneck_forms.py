@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 KERNEL, REDUCE = "grad_bottleneck_kernel", "split_k_reduce_kernel"
 by_form = pytest.mark.parametrize("form", [form for form in FORMS["grad_bottleneck"] if form != "torch"])
-#: BLOCK_M, BLOCK_K, BLOCK_N, BLOCK_R: steps shorter and longer than a row tile, and chunks that do not divide M
+#: BLOCK_M, BLOCK_K, BLOCK_N, BLOCK_R. BLOCK_K (the rows of a loop iteration for dB) is smaller or larger than BLOCK_M.
 TILES = {"short steps": (32, 16, 32, 16), "long steps": (16, 32, 64, 32)}
 
 
@@ -43,7 +43,7 @@ def forced(form: str, tiles: str) -> Any:
 @by_form
 @pytest.mark.parametrize(("tiles", "dtype"), [("short steps", F32), ("long steps", BF16)], ids=str)
 def test_each_form_matches_float64(form: str, tiles: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Two projections of different widths, with sums over the rows that are split.
+    """Two projections of different widths. The sum over rows in dB is split among programs (split-K).
 
     Calls that need only dB, or only dT and dS, give the same bits.
     """
@@ -123,8 +123,11 @@ def test_bytes_of_each_form_follow_from_the_shapes(bytes_moved: Any, llama: Any)
     assert bytes_moved.moved(bytes_moved.launches(problem, "triton")) < 1.2 * floor
 
 
-def test_a_form_that_reads_G_once_moves_too_much(bytes_moved: Any, llama: Any) -> None:
-    """With enough programs for an H200 (132 multiprocessors), partial sums cost more than the second read of G."""
+def test_reading_G_only_once_would_need_too_many_partial_sums(bytes_moved: Any, llama: Any) -> None:
+    """Programs that computed dH and dB from one read of G would write partial sums of both.
+
+    With 100 or more programs (an H200 has 132 multiprocessors), they would move more than 1.5 times the least bytes.
+    """
     least = bytes_moved.step_bytes(llama)["grad_bottleneck"]
     for programs in (100, 132, 264):
         assert bytes_moved.least_reading_once(llama, programs) > 1.5 * least

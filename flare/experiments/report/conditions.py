@@ -256,8 +256,8 @@ def _base_scores(group: RunGroup) -> dict[str, str]:
 def _trained_settings(group: RunGroup) -> tuple[dict[str, str], dict[str, str]]:
     """Return the options that all trained lines share, and the options in which trained lines differ.
 
-    Each is a mapping from the name of an option to a text. For an option that differs, the text has every value with
-    the names of its lines.
+    Each is a mapping from the name of an option to a text. For an option that differs, the text has each value with
+    the names of its lines. The most frequent value comes last, as "else VALUE".
     """
     by_label: dict[str, dict[str, str]] = {}
     for label, name in group.labels.items():
@@ -273,7 +273,6 @@ def _trained_settings(group: RunGroup) -> tuple[dict[str, str], dict[str, str]]:
         if len(values) == 1:
             common[key] = next(iter(values))
         else:
-            # the most frequent value comes last, without the names of its lines
             most, *rest = sorted(values.items(), key=lambda item: -len(item[1]))
             differing[key] = "; ".join([*(f"{value}: {', '.join(names)}" for value, names in rest), f"else {most[0]}"])
     return common, differing
