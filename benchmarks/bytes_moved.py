@@ -4,8 +4,8 @@ The steps are the primitives shrink, expand, grad_bottleneck, grad_weight and gr
 lower bound of each step at a shape, with every input read once and every output written once. The frozen products are
 not counted. A form is one way to launch a step, and ``moved`` adds up what the launches of a form read and write. The
 numbers hold for bf16 and deterministic kernels; dA, dB and partial sums are float32.
-Sizes: G_i and y_i are (M, n_i), and N is the sum of the n_i; T, S, dT and dS are (M, R), and R is r times the number of
-projections; A is (R, d); B_i is (n_i, r).
+Sizes: y_i and its gradient G_i are (M, n_i), and N is the sum of the n_i; T, S, dT and dS are (M, R), and R is r times
+the number of projections; A is (R, d); B_i is (n_i, r). H_i = phi(S_i, T_i) is (M, r), and dH_i = G_i B_i.
 """
 
 from __future__ import annotations
@@ -82,14 +82,13 @@ def least_reading_once(shape: ProjectionShape, programs: int) -> int:
     """Return the least bytes of a grad_bottleneck that computes both products (dH and dB) from one read of G.
 
     In a grid of ``row_groups`` x ``column_groups`` programs, program (i, j) reads the rows of group i and the columns
-    of group j. dH is then the sum of ``column_groups`` partial sums, and dB the sum of ``row_groups`` partial sums.
-    Each partial sum is written and read once; a single group needs no partial sums. The result is the minimum over all
-    such grids.
+    of group j; a group of columns lies within one projection. If a projection has several groups of columns, its dH is
+    a sum of partial sums. If there are several groups of rows, dB is. Each partial sum is written and read once. The
+    result is the minimum over all such grids.
     """
     M, N, count, r = shape.M, sum(shape.widths), len(shape.widths), shape.r
 
     def partials(row_groups: int, column_groups: int) -> int:
-        # a group of columns lies within one projection, and gives a partial sum of dH of that projection
         dH = column_groups * M * r if column_groups > count else 0
         dB = row_groups * N * r if row_groups > 1 else 0
         return 2 * _SUM_BYTES * (dH + dB)
@@ -123,7 +122,10 @@ def moved(recorded: Iterable[Any]) -> int:
 
 
 def _moved_by(launch: Any) -> Iterator[Tensor]:
-    """Yield each tensor once per read or write of a launch."""
+    """Yield the tensors that each kind of program of a launch reads or writes.
+
+    A result that is stored in its input's memory counts once, because these launches do not read the earlier value.
+    """
     tensors = {name: value for name, value in launch.args.items() if isinstance(value, Tensor)}
     if tensors.pop("counters", None) is not None:  # the last program of a tile reads the partial sums again
         yield tensors["out"]

@@ -2,10 +2,10 @@
 
 ``python -m flare_kernels.aot`` compiles the kernels in bfloat16 for sm_80, sm_89, sm_90 and sm_100, with every
 configuration that the general rule (``triton_ops/config.py``) can choose, and a few cases of other dtypes and options.
-``--all`` compiles every combination of target, dtype, rank, fusion, alignment and dropout (:func:`all_cases`). The primitives
-(``triton_ops/primitives.py``) run on CPU tensors under :func:`flare_kernels.launch_mode.recording`, which collects
-their launches. Each collected launch is compiled with the arguments, the configuration and the specialisation that it
-would have on a GPU. The exit status is 1 if
+``--all`` compiles every combination of target, dtype, rank, fusion, alignment and dropout (:func:`all_cases`). The
+primitives (``triton_ops/primitives.py``) run on CPU tensors under :func:`flare_kernels.launch_mode.recording`, which
+collects their launches. Each collected launch is compiled with the arguments, the configuration and the specialisation
+that it would have on a GPU. The exit status is 1 if
 
 * a launch with aligned 2-byte operands and a rank up to 128 spills registers, or
 * a kernel needs more shared memory than a block may use on its target.

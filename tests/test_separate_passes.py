@@ -71,7 +71,7 @@ def with_other_adapters() -> Any:
     return zero_offset(target_modules=["q_proj", "v_proj", "embed_tokens"])
 
 
-def with_long_rope() -> Any:
+def with_dynamic_rope() -> Any:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     return zero_offset(base={"rope_parameters": rope})
 
@@ -88,7 +88,7 @@ def with_experts() -> Any:
 UNUSUAL = [
     (with_trained_head, "lm_head is a ModulesToSaveWrapper"),
     (with_other_adapters, "embed_tokens is a Embedding of PEFT"),
-    (with_long_rope, "rope_type='dynamic' depends on the longest row"),
+    (with_dynamic_rope, "rope_type='dynamic' depends on the longest row"),
     (with_experts, r"mlp\.experts\.0 is in a list of modules"),
 ]
 

@@ -2,8 +2,9 @@
 
 With source_padding="keep" a row's key covers all inputs of the frozen model: ids, mask and token types over the padded
 width. With "zero" no adapter reads padding, and tokens do not attend to it, so the key covers the inputs only up to
-the last token. These start at the first token if the model's positions are relative (rotary embeddings, T5's bias), and
-otherwise at position 0, because learned position embeddings depend on the absolute position.
+the last token. For the source text, these start at the first token if the model's positions are relative (rotary
+embeddings, T5's bias). Otherwise they start at position 0, because learned position embeddings depend on the absolute
+position. For the text of a decoder, they always start at position 0.
 
 A stack is the list of blocks of a decoder-only model, of an encoder, or of a decoder.
 """
@@ -54,7 +55,7 @@ class TextColumns:
         columns: token ids and, if the model reads them, token types; each (B, m) int64.
         mask: (B, m) bool, True at tokens.
         stacks: the stacks that read these texts.
-        relative: whether the model's positions are relative, so that padding before the first token does not matter.
+        relative: whether the key starts at the first token, and not at position 0.
     """
 
     columns: tuple[np.ndarray, ...]
@@ -176,8 +177,8 @@ class Batch:
 def on_host(columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return integer columns on the CPU. Columns on a GPU are moved with one copy, for which the host waits.
 
-    The copy is queued after all work that was launched before, so the host waits for this work too. A caller that has
-    the columns on the host (``SourceStateCache.lookup``, or ``reader(..., host=)``) does not wait.
+    The copy is queued after all work that was launched before, so the host waits for this work too. To
+    avoid the wait, pass CPU tensors to ``SourceStateCache.lookup``, or host copies to its ``reader`` as ``host``.
     """
     moving = {name: column for name, column in columns.items() if column.device.type == "cuda"}
     if not moving:

@@ -184,7 +184,7 @@ def expand_(
     Args:
         ys: (M, N_i) each, any strides, float16, bfloat16 or float32; the sum is float32 and rounded once.
         T, S: (M, len(ys) R) in the compute dtype, any strides; projection i's columns start at i R. Without S, or with
-            fusion None, H = T.
+            fusion None, phi(S, T) = T.
         Bs: (N_i, R) each, any float dtype; rounded to the compute dtype tile by tile.
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
@@ -261,7 +261,7 @@ def _plan(
     config = tiles["expand"]
     m_tiles = cdiv(M, config.BLOCK_M)
     n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
-    # if there are more tiles than the target number of programs, a program computes several tiles of N from one H
+    # if there are more tiles than the target number of programs, a program uses one tile of phi for several tiles of N
     tiles_per_group = cdiv(sum(n_tiles), min(sum(n_tiles), cdiv(config.programs, m_tiles)))
     groups = [cdiv(tiles, tiles_per_group) for tiles in n_tiles]
     launcher = Launcher(

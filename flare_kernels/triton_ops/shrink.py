@@ -148,8 +148,8 @@ def shrink_tma_kernel(
 ):
     """Compute the result of :func:`shrink_kernel` without dropout, by tensor descriptors and a persistent grid.
 
-    All operands have one dtype and contiguous rows. Program i computes the tiles i, i + P, i + 2 P, ... of
-    out (splits, M, R), for P programs.
+    All operands have one dtype and contiguous rows. Program i of P computes the tiles i, i + P,
+    i + 2 P, ... of the grid over splits, M and R, for all streams.
     """
     d_x = tl.make_tensor_descriptor(x, [M, K], [x_stride_m, 1], [BLOCK_M, BLOCK_K])
     d_A = tl.make_tensor_descriptor(A, [R, K], [A_stride_r, 1], [BLOCK_R, BLOCK_K])

@@ -243,7 +243,7 @@ def test_errors_of_parallel_columns(tmp_path):
     ):
         read_split(TASK, ParallelColumns(tmp_path / "odd.csv", "english", ("en",), None), "english", "train")
     write_as(tmp_path, [{k: v for k, v in BOTH[0].items() if k != "split"}], "csv", name="none")
-    with raises_text(DataError, "is one file without a column 'split'"):
+    with raises_text(DataError, "is one table without a column 'split'"):
         read_split(TASK, ParallelColumns(tmp_path / "none.csv", "english", ("en",), None), "english", "train")
 
 

@@ -62,7 +62,7 @@ def test_ci_selection_compiles_within_limits(reports: list[dict]) -> None:
 
 @pytest.mark.slow
 def test_16_bit_kernels_use_tensor_cores_and_float32_kernels_do_not(tmp_path: Path) -> None:
-    """On sm_90, bfloat16 compiles to wgmma, or to mma in the decode kernels. float32 uses neither on sm_80 and sm_90."""
+    """On sm_90, bfloat16 compiles to wgmma (decode kernels: to mma). float32 uses neither on sm_80 and sm_90."""
     script = """
 import sys, triton
 from flare_kernels import aot

@@ -100,7 +100,7 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
 
 def has_parallel(data: ParallelColumns, split: str) -> bool:
     """Return whether the table has rows of a split."""
-    if _one_file(data.path):
+    if _one_table(data.path):
         return bool(_rows_of(read_table(data.path), split, str(data.path)))
     return split_file(data.path, split) is not None
 
@@ -108,7 +108,7 @@ def has_parallel(data: ParallelColumns, split: str) -> bool:
 def _split_of(path: Path, split: str) -> tuple[Table, str]:
     if not path.exists():
         raise DataError(f"--data {path}: no such file or folder")
-    if not _one_file(path):
+    if not _one_table(path):
         file = split_file(path, split)
         if file is None:
             raise no_split(path, split)
@@ -125,16 +125,16 @@ def _split_of(path: Path, split: str) -> tuple[Table, str]:
     return replace(table, rows=rows), f"{path} ({split})"
 
 
-def _one_file(path: Path) -> bool:
+def _one_table(path: Path) -> bool:
     return path.is_file() or is_saved(path)
 
 
 def _rows_of(table: Table, split: str, where: str) -> list[dict[str, Any]]:
     if SPLIT_COLUMN not in table.columns:
         raise DataError(
-            f"{where} is one file without a column {SPLIT_COLUMN!r}, so training and test rows cannot be "
+            f"{where} is one table without a column {SPLIT_COLUMN!r}, so training and test rows cannot be "
             f"distinguished; add the column with the values {', '.join(SPLITS)}, or give a folder with one file per "
-            f"split. The columns of the file are {', '.join(table.columns)}"
+            f"split. The columns of the table are {', '.join(table.columns)}"
         )
     known = {name: key for key, names in SPLITS.items() for name in names}
     class_name = table.names.get(SPLIT_COLUMN)
