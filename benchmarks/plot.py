@@ -65,8 +65,8 @@ def _save(figure: Any, path: Path, caption_text: str) -> None:
     """Save a figure with a caption under its axes. The caption is wrapped to the width of the figure."""
     width = int(figure.get_figwidth() * 15.5)
     lines = textwrap.wrap(caption_text, width)
-    strip = 0.17 * (len(lines) + 1) / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
+    height = 0.17 * (len(lines) + 1) / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, height, 1, 1 - height))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom")
     figure.savefig(path, dpi=150)
 

@@ -189,7 +189,7 @@ def section(question: str, rows: list[Row]) -> str:
 
 
 def _folded(rows: list[Row]) -> list[Row]:
-    """Return the rows. If no row of a case was timed, all for the same reason, merge the rows of this case into one."""
+    """Return the rows. Merge the rows of a case into one if none was timed and all have the same status and reason."""
     by_case: dict[str, list[Row]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)

@@ -148,7 +148,7 @@ class XMixupModel(FlareModel):
         raise ValueError("encode_source: X-Mixup reads the source in every forward; pass source_input_ids to the model")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with transformers' ``generate``. With a source prompt the model mixes; without, it is plain LoRA.
+        """Generate with transformers' ``generate``. Without a source prompt, the model is plain LoRA.
 
         lambda is computed from the prompts, and every new token attends to the source's prompt. This matches training,
         where neither text can read the other's answer.
@@ -256,7 +256,8 @@ def x_mixup(
         config: a FlareConfig, a peft.LoraConfig or None.
         layer: the block that mixes, counted from 0. Default: the middle one (half the number of blocks). The paper
             chooses it by development score.
-        lambda0: upper bound of lambda, from 0 to 1. With 0 there is no mixup, only the consistency terms.
+        lambda0: upper bound of lambda, from 0 to 1. With 0, hidden states are not mixed, and only the loss differs from
+            plain LoRA's.
         alpha: weight of the source's task loss, from 0 to 1. Default: 0.2 for spans, as in the authors' code, otherwise
             0.4.
         layer_norm: whether a post-norm block applies its LayerNorm to the mixture, as in the authors' code.
