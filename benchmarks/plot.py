@@ -273,7 +273,7 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
                 axis.barh(place, width, left=left, color=colour, label=part if place == 0 else None)
                 left += width
             _label_bar(axis, f"{left:.3g}", left, place)
-    axes[-1].set_xlabel("ms of a step, the device synchronised before and after each part")
+    axes[-1].set_xlabel("ms per part of a step (device synchronised before and after each part)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _PARTS.values()]
     figure.legend(handles, ["source pass", "forward", "backward", "optimizer"], ncols=4, loc="outside upper center")
     _save(figure, path, caption(run, [r["conditions"] for r in timed]))

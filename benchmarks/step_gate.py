@@ -93,7 +93,7 @@ def small_errors(shape: StepShape, methods: Iterable[str], device: torch.device)
     """Return each method's relative error at two blocks and two rows, or the exception that it raised.
 
     The gradients are compared with float64. With nf4 weights, which have no float64 form, they are compared with PEFT's
-    eager layers. Methods that cannot run on this machine are left out.
+    eager layers. Methods that are not measured on this model are left out.
     """
     model = replace(shape.model, vocabulary=min(SMALL_VOCABULARY, shape.model.vocabulary))
     few = replace(shape, model=model, B=min(_ROWS, shape.B))

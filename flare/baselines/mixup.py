@@ -61,7 +61,7 @@ class XMixupConfig(FlareConfig):
     fusion: str | None = field(default=None, metadata={"help": "Always None: the LoRA layers of X-Mixup do not fuse."})
     x_mixup_layer: int = field(default=0, metadata={"help": "The block that mixes, counted from 0."})
     x_mixup_lambda0: float = field(
-        default=0.5, metadata={"help": "Upper bound of lambda, from 0 (no mixup, only the losses) to 1."}
+        default=0.5, metadata={"help": "Upper bound of lambda, from 0 (hidden states are not mixed) to 1."}
     )
     x_mixup_alpha: float = field(default=0.4, metadata={"help": "Weight of the source's task loss, from 0 to 1."})
     x_mixup_layer_norm: bool = field(
@@ -264,8 +264,9 @@ def x_mixup(
         **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 
     Raises:
-        TypeError, ValueError: an error of :func:`plain_lora`, or ``model`` is a PeftModel, or ``layer`` does not exist,
-            or its block is built differently from the blocks of the models above.
+        TypeError, ValueError: an error of :func:`plain_lora`; ``model`` is a PeftModel or a multiple-choice model;
+            ``layer``, ``lambda0``, ``alpha`` or ``layer_norm`` is not accepted; or the block of ``layer`` is built
+            differently from the blocks of the models above.
     """
     import peft
 
