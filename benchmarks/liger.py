@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-#: From each row (method) on Liger's kernels to the row of models.METHODS that computes the same.
+#: Each row (method) on Liger's kernels -> the row of models.METHODS that computes the same without Liger's kernels.
 ROWS = {
     "peft-lora-liger": "peft-lora",
     "lora-liger": "lora",

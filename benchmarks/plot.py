@@ -65,8 +65,8 @@ def _save(figure: Any, path: Path, caption_text: str) -> None:
     """Save a figure with a caption under its axes. The caption is wrapped to the width of the figure."""
     width = int(figure.get_figwidth() * 15.5)
     lines = textwrap.wrap(caption_text, width)
-    strip = 0.17 * (len(lines) + 1) / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
+    height = 0.17 * (len(lines) + 1) / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, height, 1, 1 - height))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom")
     figure.savefig(path, dpi=150)
 
@@ -273,7 +273,7 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
                 axis.barh(place, width, left=left, color=colour, label=part if place == 0 else None)
                 left += width
             _label_bar(axis, f"{left:.3g}", left, place)
-    axes[-1].set_xlabel("ms of a step, the device synchronised before and after each part")
+    axes[-1].set_xlabel("ms per part of a step (device synchronised before and after each part)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _PARTS.values()]
     figure.legend(handles, ["source pass", "forward", "backward", "optimizer"], ncols=4, loc="outside upper center")
     _save(figure, path, caption(run, [r["conditions"] for r in timed]))

@@ -144,7 +144,7 @@ def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
         capability, shared_bytes = 10 * major + minor, shared_memory_bytes(device)
     seen: dict[Any, None] = {}
     for name, record in SOURCES.items():
-        # without a GPU, launches are skipped after they are recorded, so that the code that launches kernels can run
+        # without a GPU, launches_left_out() makes CPU tensors take the kernels' code path instead of plain PyTorch's
         with contextlib.nullcontext() if on_gpu else launches_left_out(), recording(shared_bytes) as launches:
             try:
                 record(device)
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, new_units in units(device):
             left = None if options.most is None else options.most - len(pending)
             pending += [pool.submit(aot.compile_unit, unit) for unit in new_units[:left]]
-            log(f"{name}: {len(new_units)} kernels that no earlier source needs")
+            log(f"{name}: {len(new_units)} kernels that no earlier function needs")
         seconds = None if options.seconds is None else max(0.0, start + options.seconds - time.monotonic())
         done, late = wait(pending, timeout=seconds)
         cancelled = sum(future.cancel() for future in late)

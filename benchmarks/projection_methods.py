@@ -1,8 +1,8 @@
 """Compute the q and v projections of one block with a fusing adapter in several ways, and in float64 as a reference.
 
-A method is a function from the inputs of a case to the output of each projection. :func:`step` adds the backward pass.
-Inputs: x, x_source (M, d); per projection the weight W (n, d), the bias b (n), the output gradient G (M, n), and for
-adapted projections A (r, d) and B (n, r).
+A method computes the output of each projection from the inputs of a case. :func:`step` adds the backward pass. Inputs:
+x, x_source (M, d); per projection the weight W (n, d), the bias b (n), the output gradient G (M, n), and for adapted
+projections A (r, d) and B (n, r).
 """
 
 from __future__ import annotations

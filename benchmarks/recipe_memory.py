@@ -14,7 +14,8 @@ block              per token and block, saved by autograd in bfloat16 autocast w
                    2 d for dropout masks (not in Llama and Gemma 2); 2 f a for the feed-forward layer of width f,
                    where a is 1, or 3 if the layer is gated; in mT5, which has no fused attention, 7 m per head (scores)
 checkpointing      2 d per token and block, plus the part "block" for a single block
-logits             10 per token and vocabulary entry: 2 in bfloat16, 4 for a float32 copy, 4 for its gradient
+logits             10 per token and vocabulary entry (Llama and Gemma 2 only): 2 in bfloat16, 4 for a float32 copy, 4
+                   for its gradient
 =================  ===================================================================================================
 
 Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 bytes per

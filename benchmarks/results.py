@@ -33,7 +33,7 @@ def fingerprint(root: Path = ROOT) -> str:
 
 
 def run_conditions(**more: Any) -> dict[str, Any]:
-    """Return device, versions, commit, fingerprint of the sources, and date."""
+    """Return device, versions, commit, fingerprint of the source files, and date."""
     # imported here, because this import needs torch, and result files can be read without torch
     from flare.experiments.utils.environment import environment, now
 
@@ -49,7 +49,7 @@ class Recorder:
         self.cases: list[dict[str, Any]] = []
 
     def resume(self) -> None:
-        """Load the rows of an earlier run from the file, if they were measured with the same sources."""
+        """Load the rows of an earlier run from the file, if they were measured with the current source files."""
         if self.path is not None and self.path.exists() and is_result(self.path):
             earlier = load(self.path)
             if earlier["run"].get("sources") == fingerprint():

@@ -4,8 +4,8 @@ A case is one shape of one question, for example the cost of a training step. A 
 has: ``question``, the name of its question; ``case``, the name of its case; ``headline``, whether the summary and the
 figures use the case; and ``estimate_s``, the estimated seconds of the case on a data-centre GPU. There are three grids:
 ``tiny`` (default on a CPU: small models of the same proportions), ``main`` (default on a GPU: everything that
-`summary.json` needs, and a few more sizes) and ``full`` (everything). The letters are: d width, M
-tokens, B rows, m tokens per row, r rank, L blocks.
+`summary.json` needs, and a few more sizes) and ``full`` (everything). The letters are: d width, M tokens, B rows, m
+tokens per row, r rank, L blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 GRIDS = ("tiny", "main", "full")
 PRIMITIVES = ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input")
 HOST_SETTINGS = ("plain", "dropout", "checkpointing")
-PRECISIONS = ("plain", "nf4")  # frozen weights in the dtype of the row, or in bitsandbytes' 4 bits
+PRECISIONS = ("plain", "nf4")  # frozen weights in the dtype of the activations, or in bitsandbytes' 4 bits
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class StepShape:
 
     @property
     def has_liger(self) -> bool:
-        """Return whether methods on Liger's kernels are measured: on whole steps of causal models, on full rows."""
+        """Return whether Liger rows are measured: whole steps of causal models, full rows, no quantised weights."""
         causal = self.model.family in ("llama", "gemma2")
         return causal and self.question == "step" and self.precision == "plain" and not self.padded
 
@@ -346,7 +346,7 @@ def host(which: str) -> list[HostShape]:
 
 
 def scaling(which: str) -> list[StepShape]:
-    """Return cases that vary one of m, batch, r and depth from a base case."""
+    """Return base cases, and cases in which one of m, B, r and depth differs from its base case; none for ``main``."""
     if which == "main":
         return []
     if which == "tiny":

@@ -1,4 +1,4 @@
-"""Build the cases of a training step. Every method of models.py, liger.py and fast_steps.py is a variant (a row)."""
+"""Build the cases of a training step. Their variants (rows) are methods of models.py, liger.py and fast_steps.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def effort(device: torch.device) -> Effort:
 
 
 def depth_that_fits(shape: StepShape, device: torch.device) -> int:
-    """Return the largest depth, up to the model's own, at which every method should fit into the device's memory."""
+    """Return the largest depth at which every method should fit into the device's memory.
+
+    It is at most the depth of the shape, or of the model if the shape has none. Memory limits it on a GPU only.
+    """
     model, tokens = shape.model, shape.B * shape.m
     if device.type != "cuda":
         return shape.depth or model.layers

@@ -309,7 +309,7 @@ def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the summary of the result files of one run.
 
     Raises:
-        ValueError: there are no files, or they were measured with different sources or on different devices.
+        ValueError: there are no files, or they were measured with different source files or on different devices.
     """
     if not loaded:
         raise ValueError("no result files were given")

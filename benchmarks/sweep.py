@@ -4,7 +4,7 @@
     benchmarks/run_gpu.sh sweep 3       # run the third part
 
 The parts are balanced by the estimated seconds of their cases. They depend on the grid only, so a part has the same
-cases when it is run again. A repeated run skips the cases that have results of the same source files.
+cases when it is run again. A repeated run skips the cases that were measured with the current source files.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def gpu_name() -> str:
 
 
 def result_folders() -> list[Path]:
-    """Return the folders that may hold results of earlier parts: $OUT and this device's folder."""
+    """Return the folders that may hold results of earlier parts: $OUT (if it is set) and results/DEVICE."""
     device_folder = Path(__file__).parent / "results" / gpu_name()
     return [Path(os.environ["OUT"]), device_folder] if os.environ.get("OUT") else [device_folder]
 

@@ -1,4 +1,8 @@
-"""Make tables of all rows (results of variants, see cases.py), and format durations, sizes and conditions."""
+"""Make tables of all rows (results of variants, see cases.py), and format durations, sizes and conditions.
+
+The column "floor" has the least time in which the bytes of a case can be moved. "theory" has the expected time, divided
+by the expected time of plain LoRA.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +193,7 @@ def section(question: str, rows: list[Row]) -> str:
 
 
 def _folded(rows: list[Row]) -> list[Row]:
-    """Return the rows. If no row of a case was timed, all for the same reason, merge the rows of this case into one."""
+    """Return the rows. Merge the rows of a case into one if none was timed and all have the same status and reason."""
     by_case: dict[str, list[Row]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)

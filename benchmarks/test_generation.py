@@ -97,7 +97,7 @@ def decode_fused(backend: str) -> Callable[[Inputs], dict[str, Tensor]]:
 
 
 def decode_variants(shape: shapes.DecodeShape, device: torch.device, ceilings: Any) -> Variants:
-    """Return the variants: the eager formula, the addmm form, the package's choice, and its choice as a CUDA graph."""
+    """Return the variants: eager formula, "torch" backend (addmm), backend "auto", and "auto" as a CUDA graph."""
     rotation = Rotation(lambda: decode_inputs(shape, device), device)
     moved = decode_moved(shape)
     floor = {"floor_bytes": moved, "floor_s": moved / ceilings.copy_bytes_per_s}
@@ -217,7 +217,7 @@ GENERATE_CONDITIONS = "greedy, key-value cache, random weights, full rows, promp
 def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Variants:
     """Return the variants of all providers on one set of weights.
 
-    A provider that raises ValueError is skipped, and the message of the error is the reason.
+    A provider with a source that raises ValueError is skipped, and the message of the error is the reason.
     """
     dtype = dtype_of(device)
     with quiet():

@@ -1,8 +1,8 @@
-"""How far is each primitive from its memory floor, and from the plain BLAS form of the same step?
+"""How long does each primitive (kernel step) take, compared with its memory floor and with plain PyTorch (BLAS)?
 
-The dtype is bf16 and the fusion add_relu. The floor is the number of bytes that the step must move
-(bytes_moved.step_bytes), divided by the copy bandwidth that is measured in the same run. On a CPU only the BLAS form is
-timed, but launches are counted for the kernels too.
+The dtype is bf16 and the fusion add_relu. The floor is the number of bytes that the primitive must move
+(bytes_moved.step_bytes), divided by the copy bandwidth that is measured in the same run. On a CPU, only plain PyTorch
+is timed, and the launches of the kernels are counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONDITIONS = "bf16, add_relu, one projection, both streams, dropout 0, inputs ro
 
 
 def variants(shape: shapes.KernelShape, device: torch.device, ceilings: Ceilings) -> Variants:
-    """Return the variants: the form that the package chooses at this size, the Triton kernel, and plain PyTorch."""
+    """Return the variants: what the package chooses at this size, the Triton kernel, and plain PyTorch."""
     rotation = Rotation(lambda: operands(shape, device), device)
     floor_bytes = step_bytes(shape, accumulate_dx=False)[shape.primitive]
     floor = {

@@ -1,22 +1,21 @@
 """What do the q and v projections of one block cost with a fusing adapter, forward and backward?
 
-Every variant computes the frozen products and the adapters with fusion add_relu, and the gradients of x, A and B. It is
-compared with the float64 oracle before it is timed. The variants are:
+Most variants compute the frozen products and the adapters with fusion add_relu, and the gradients of x, A and B. All
+variants except ``frozen`` are compared with the float64 oracle before they are timed. The variants are:
 
-- ``frozen``: the frozen products alone, forward and dx into one buffer. The other variants take this time plus the time
-  of the adapters.
+- ``frozen``: the frozen products alone, forward and dx into one buffer.
 - ``peft-*``: the formula as an eager user would write it with PEFT's lora.Linear layers, because PEFT has no second
   stream. PEFT's layers do the dropout, the scaling and the cast of x. The weights are inputs, so that they can rotate
-  (whole PEFT layers are measured in test_block.py and test_training_step.py). The four variants have bf16 adapters;
-  bf16 adapters and lora_dropout 0.1; float32 adapters under bf16 autocast (PEFT's default); bf16 adapters under
-  torch.compile.
-- ``addmm-*``: the addmm form in plain PyTorch (this package's "torch" backend), each projection alone or both together.
-- ``flare-*``: the form that the package chooses on this device. ``joint`` calls fused_lora_qkv with the frozen weights.
-  This call also computes the frozen products and their dx, as in a layer of a model. ``frozen-first`` and
-  ``adapter-first`` force the order of products and adapters. ``adapter-only`` runs the adapters alone, on frozen
-  outputs that were computed before.
+  (whole PEFT layers are measured in test_block.py and test_training_step.py). ``fp32-autocast`` has float32 adapters
+  under bf16 autocast (PEFT's default); all others have bf16 adapters. ``dropout`` has lora_dropout 0.1, and ``compile``
+  runs under torch.compile.
+- ``addmm-*``: plain PyTorch with addmm (this package's "torch" backend), each projection alone or both together.
+- ``flare-*``: the backend that the package chooses on this device. ``separate`` calls fused_lora for each projection.
+  ``joint`` calls fused_lora_qkv with the frozen weights. This call also computes the frozen products and their dx, as
+  in a layer of a model. ``frozen-first`` and ``adapter-first`` force the order of products and adapters.
+  ``adapter-only`` runs the adapters alone, on frozen outputs that were computed before.
 
-With nf4 weights, bitsandbytes computes the frozen products, and autograd computes their dx, in every variant.
+With nf4 weights, bitsandbytes computes the frozen products of every variant, and autograd computes their dx.
 """
 
 from __future__ import annotations

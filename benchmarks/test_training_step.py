@@ -1,15 +1,16 @@
 """What does a whole training step cost: plain LoRA, input-level fusion, FLARE as its authors run it, this package?
 
 A step is forward, backward and AdamW on random weights. Eager methods are described in models.py, methods on Liger's
-kernels in liger.py, captured and compiled methods in fast_steps.py. The models are all blocks of XLM-R Large and 8 of
-the 32 blocks of Llama. The full grid runs each model with as many blocks as fit into memory with every method, and the
-depth is in the row of results. Texts are full without a mask, or padded (batches.py). The dtype is bf16 on a GPU and
-float32 on a CPU. The adapters have the model's dtype, which favours PEFT's layers: PEFT's default of float32 adapters
-is slower (see test_projection.py).
+kernels in liger.py, captured and compiled methods in fast_steps.py. The grid ``main`` has all blocks of XLM-R Large and
+8 of the 32 blocks of Llama. The grid ``full`` has more models, each with as many blocks as every method can run in the
+device's memory. The grid ``tiny`` has small models. Each row of the results has its depth. Texts are full without a
+mask, or padded (batches.py). The dtype is bf16 on a GPU and float32 on a CPU. The adapters have the model's dtype,
+which favours PEFT's layers: PEFT's default of float32 adapters is slower (see test_projection.py).
 
-Every row has wall time, host time, device-busy time, and the number of kernels and copies. "theory" is the
-expected time divided by the expected time of plain LoRA (models.UNITS). It counts the arithmetic of the frozen model
-without adapters, head and the quadratic part of attention. A row fails if it runs more blocks than its method needs.
+Every row has wall time and host time, and on a GPU also device-busy time and the number of kernels and copies.
+"theory" is the expected time divided by the expected time of plain LoRA (models.UNITS). It counts the arithmetic of the
+frozen blocks; adapters, head and the quadratic part of attention are not counted. A row is marked as wrong if its
+method runs another number of blocks than expected.
 The row frozen has no optimizer step, and contains the seconds of one frozen block. Input-level fusion computes the
 logits of all 2m positions, as transformers does if labels are given. mT5 reads both texts in its encoder and has m / 4
 target tokens in its decoder.

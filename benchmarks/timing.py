@@ -2,10 +2,10 @@
 
 The module also measures the ceilings of the device: its copy bandwidth and its matrix-product rate.
 
-*Device* seconds are measured between two events around the call. The launches are queued before the device reaches the
-first event, so that launch gaps are excluded. *Wall* seconds are measured on the host, with the device idle before and
-after the call. A CPU has only wall seconds. *Host* seconds end when the call returns, while the device may still be
-busy.
+*Device* seconds are measured between two events around the call. With ``queue_ahead`` (the default), the launches are
+queued before the device reaches the first event, so that launch gaps are excluded. *Wall* seconds are measured on the
+host, with the device idle before and after the call. *Host* seconds end when the call returns, while the device may
+still be busy. On a CPU, the wall seconds are also recorded as device seconds.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Samples:
-    """Device, wall and host seconds of every round of one variant."""
+    """Device, wall and host seconds of every round of one variant. ``clock`` tells what measured the device seconds."""
 
     device_s: tuple[float, ...]
     wall_s: tuple[float, ...]

@@ -13,7 +13,7 @@ _RESULTS = (".md", ".png", ".json", ".csv")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the change log, the contributing page, the examples and the benchmark results to the site."""
+    """Add the change log, the contributing page, the examples, benchmark results and launch tables to the site."""
     results = [path for path in (_ROOT / "benchmarks" / "results").rglob("*") if path.suffix in _RESULTS]
     tables = (_ROOT / "flare_kernels" / "tables").glob("*.json")
     examples = (_ROOT / "examples").iterdir()

@@ -4,9 +4,9 @@ One process:                    python examples/fine_tune.py
 Two GPUs:                       accelerate launch --config_file examples/ddp.yaml examples/fine_tune.py
 Two GPUs, the model sharded:    accelerate launch --config_file examples/fsdp2.yaml examples/fine_tune.py
 
-For eight GPUs, add --num_processes 8 before the script. On a machine without a GPU, the same commands start processes
-on the CPU (both with DDP, because accelerate does not shard there). With several machines, run the command on each, and
-add --num_machines, --machine_rank and --main_process_ip.
+For eight GPUs, add --num_processes 8 before the script. On a machine without a GPU, the last two commands start two
+processes on the CPU, and both use DDP, because accelerate does not shard models on a CPU. With several machines, run
+the command on each, and add --num_machines, --machine_rank and --main_process_ip.
 
 The script makes a small corpus and a random base model, so that it runs anywhere in seconds. Replace both by your own.
 """

@@ -2,9 +2,9 @@
 
     python examples/huggingface_trainer.py --model FacebookAI/xlm-roberta-base --data nusax --target acehnese
 
-DATA has one folder per language, each with train.csv and test.csv. Their columns are id, text and label; the id matches
-the rows of two languages. Without --model and --data the script uses a tiny random model and a small made-up language,
-so that it runs anywhere in seconds (and learns little).
+DATA has one folder per language, each with train.csv and test.csv. Their columns are id, text and label; rows of
+two languages with the same id are translations of each other. Without --model and --data the script uses a tiny random
+model and a small made-up language, so that it runs anywhere in seconds (and learns little).
 """
 
 from __future__ import annotations

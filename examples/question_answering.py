@@ -1,10 +1,10 @@
-"""Span question answering in one language with question and context in English as the source: a complete script.
+"""Fine-tune span question answering in one language, with the English question and context as the source.
 
     python examples/question_answering.py --model FacebookAI/xlm-roberta-base --data tydiqa --target swahili
 
-DATA has one folder per language, each with train.jsonl and test.jsonl: id, question, context and SQuAD's answers
-{"text": [...], "answer_start": [...]}. Without --model and --data the script uses a tiny random model and made-up rows,
-so that it runs anywhere in seconds (and learns little).
+DATA has one folder per language, each with train.jsonl and test.jsonl. Their keys are id, question, context and SQuAD's
+answers {"text": [...], "answer_start": [...]}. Without --model and --data the script uses a tiny random model and
+made-up rows, so that it runs anywhere in seconds (and learns little).
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def read(folder: Path, split: str) -> dict[str, dict]:
 
 
 def features(row: dict, source: dict, tokenizer) -> dict | None:
-    """Return both texts as (question, context) pairs and the answer as token positions; None if it was cut off."""
+    """Return both texts as (question, context) pairs, and the answer as token positions.
+
+    Return None if the answer was cut off.
+    """
     pair = {"truncation": "only_second", "max_length": 512}
     target = tokenizer(row["question"], row["context"], return_offsets_mapping=True, **pair)
     start = row["answers"]["answer_start"][0]

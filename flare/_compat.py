@@ -435,6 +435,9 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
 
 
 def end_failed_capture(device: torch.device, pool: Any) -> None:
-    """Stop the allocator from using the pool of a failed capture; ``torch.cuda.graph`` does not if its exit raises."""
+    """Stop the allocator from using the pool of a failed capture.
+
+    ``torch.cuda.graph`` does not do this if an error is raised when its context ends.
+    """
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)

@@ -1,4 +1,4 @@
-"""The baselines of the paper, on the same kernels, collators and trainer as FLARE.
+"""The baselines of the paper, on the same kernels and with the same trainer as FLARE.
 
 - Plain LoRA (:func:`plain_lora`): no source.
 - Input-level fusion (:func:`input_fusion` with :class:`InputFusionCollator`): plain LoRA on one text of up to 2m

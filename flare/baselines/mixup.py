@@ -61,7 +61,7 @@ class XMixupConfig(FlareConfig):
     fusion: str | None = field(default=None, metadata={"help": "Always None: the LoRA layers of X-Mixup do not fuse."})
     x_mixup_layer: int = field(default=0, metadata={"help": "The block that mixes, counted from 0."})
     x_mixup_lambda0: float = field(
-        default=0.5, metadata={"help": "Upper bound of lambda, from 0 (no mixup, only the losses) to 1."}
+        default=0.5, metadata={"help": "Upper bound of lambda, from 0 (hidden states are not mixed) to 1."}
     )
     x_mixup_alpha: float = field(default=0.4, metadata={"help": "Weight of the source's task loss, from 0 to 1."})
     x_mixup_layer_norm: bool = field(
@@ -148,7 +148,7 @@ class XMixupModel(FlareModel):
         raise ValueError("encode_source: X-Mixup reads the source in every forward; pass source_input_ids to the model")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with transformers' ``generate``. With a source prompt the model mixes; without, it is plain LoRA.
+        """Generate with transformers' ``generate``. Without a source prompt, the model is plain LoRA.
 
         lambda is computed from the prompts, and every new token attends to the source's prompt. This matches training,
         where neither text can read the other's answer.
@@ -256,15 +256,17 @@ def x_mixup(
         config: a FlareConfig, a peft.LoraConfig or None.
         layer: the block that mixes, counted from 0. Default: the middle one (half the number of blocks). The paper
             chooses it by development score.
-        lambda0: upper bound of lambda, from 0 to 1. With 0 there is no mixup, only the consistency terms.
+        lambda0: upper bound of lambda, from 0 to 1. With 0, hidden states are not mixed, and only the loss differs from
+            plain LoRA's.
         alpha: weight of the source's task loss, from 0 to 1. Default: 0.2 for spans, as in the authors' code, otherwise
             0.4.
         layer_norm: whether a post-norm block applies its LayerNorm to the mixture, as in the authors' code.
         **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 
     Raises:
-        TypeError, ValueError: an error of :func:`plain_lora`, or ``model`` is a PeftModel, or ``layer`` does not exist,
-            or its block is built differently from the blocks of the models above.
+        TypeError, ValueError: an error of :func:`plain_lora`; ``model`` is a PeftModel or a multiple-choice model;
+            ``layer``, ``lambda0``, ``alpha`` or ``layer_norm`` is not accepted; or the block of ``layer`` is built
+            differently from the blocks of the models above.
     """
     import peft
 

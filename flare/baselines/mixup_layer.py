@@ -37,7 +37,7 @@ class Streams:
     Attributes:
         visible: (B, m) bool, the source's tokens that the target may attend to.
         counted: (B, n) bool, the target's tokens over which the entropy is averaged.
-        keys, values: (B, heads, m, e), keys and values of the source at the mixup block.
+        keys, values: (B, key heads, m, e), keys and values of the source at the mixup block.
         ratio: lambda (B,), which a generation computes only once.
         hidden: "source" and "target" -> last hidden states, (B, m, d) and (B, n, d).
         source_inputs: keyword arguments of the source's forward.
@@ -61,6 +61,7 @@ class MixupRuntime:
     Attributes:
         classifier_token: the token that a classifier of the model reads: "first", "last", or "mean" of all.
         mode: "source" or "target" while the model runs on that text, otherwise None.
+        streams: the two texts of the running forward or generation; None if none is running.
         generating: whether this is a generation, which runs the source once for all forwards of the target.
         checkpointed: whether gradient checkpointing of the mixup block is switched off until both texts have run.
         block_input: hidden state at the input of the mixup block.
@@ -338,7 +339,7 @@ def _masked(scores: Tensor, keys: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat keys or values (B, groups, m, e) for every head."""
+    """Repeat keys or values (B, key heads, m, e) so that there are ``heads`` of them."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
