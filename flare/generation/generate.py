@@ -3,8 +3,8 @@
 A KV cache of flare.generation.caches is passed as ``past_key_values``. It also holds the state of the source's
 decoding (flare.generation.decoding). When beam search or sampling selects rows of the target, the cache also selects
 their source rows. In every forward pass, the hook before the model (flare.source.hooks) takes S = x_source Aᵀ of the
-pass's positions from the cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses once,
-before decoding.
+pass's positions from the cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses
+once, before decoding.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def _read_encoder(
     target: tuple[int, ...],
     options: Options,
 ) -> tuple[SourceContext, AlignedDecoding]:
-    """Run the frozen encoder. Return a context with S of the encoder's layers, and the state of the source's decoding."""
+    """Run the frozen encoder. Return a context with S of its layers, and the state of the source's decoding."""
     adapters = in_encoder.adapters | in_decoder.adapters
     inputs = backbone_inputs(model, source, target)
     mask = inputs.get("attention_mask")

@@ -5,8 +5,8 @@ therefore has to be one of the arguments: ``__call__`` adds it, and ``forward`` 
 runs between the two, so it stores the source.
 
 The attention of such a block may call a projection a second time, with an input that is not a text (DeBERTa's relative
-positions). A projection fuses only in its first call within a block; ``Slot.met`` holds the projections that were
-called.
+positions). A projection fuses only in its first call within a block; ``Slot.met`` (flare.source.context) holds
+the projections that were called.
 """
 
 from __future__ import annotations

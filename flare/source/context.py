@@ -18,7 +18,7 @@ from torch import Tensor
 #: The keyword argument that passes a context to the blocks.
 KEYWORD = "flare_source"
 
-#: S = x_S A^T, the projected source states: path of the layer -> adapter name -> (B, m, r).
+#: S = x_S A^T, the projections of the source's hidden states x_S: path of the layer -> adapter name -> (B, m, r).
 Bottlenecks = dict[str, dict[str, Tensor]]
 
 

@@ -1,4 +1,6 @@
-"""Adapter weights under FSDP2. The source's states are projected before the blocks run, so A is gathered here.
+"""Gather adapter weights under FSDP2, which gathers a block's weights only when the block runs.
+
+The source's states are projected with A, the weight of lora_A, before the blocks run. This module therefore gathers A:
 
     forward     full_parameter(A (r, d), sharded over the ranks)  ->  A (r, d), a plain tensor
     backward    the mean of all ranks' dA, sharded

@@ -35,7 +35,7 @@ class LatentContext(SourceContext):
         with_grad: whether gradients were enabled when the source was read.
         latent: h (B, m, latent_dim), detached.
         mask: (B, m), or None if the caller passed none.
-        dtype: the model's dtype, in which x_S is computed.
+        dtype: the dtype of x_S, which is the model's dtype. None: the dtype of latent_proj's weight.
         projections: adapter -> its latent_proj.
     """
 

@@ -37,7 +37,7 @@ class _Bound:
         relative: whether a text keeps its states when all its positions are shifted (:func:`counts_relatively`).
         width_counts: whether the states depend on the padded width of the batch (:func:`needs_width`).
         accepts_types: whether the model takes token types (:func:`accepts_types`).
-        plans: set of required states -> the plan of these states.
+        plans: set of required states -> their Plan: the stacks and the order in which entries store the states.
     """
 
     watch: Watch
@@ -47,7 +47,7 @@ class _Bound:
     plans: dict[frozenset[StateKey], Plan] = field(default_factory=dict)
 
     def plan(self, model: nn.Module, keys: Collection[StateKey], decoders: Collection[str]) -> Plan:
-        """Return the plan of the required states, which is built at the first call."""
+        """Return the Plan of the required states, which is built when they are first required."""
         required = frozenset(keys)
         plan = self.plans.get(required)
         if plan is None:

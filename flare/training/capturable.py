@@ -29,7 +29,7 @@ def warn_once(message: str, warned: set[str]) -> None:
 
 
 def unsupported_model(model: nn.Module) -> str | None:
-    """Return why no step of a model can be captured, or None."""
+    """Return why no step of a model can be captured, or None if nothing in the model prevents it."""
     modules = dict(model.named_modules())
     for module in modules.values():
         if isinstance(module, _WRAPPERS):
