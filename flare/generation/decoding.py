@@ -371,8 +371,8 @@ class ReleaseDecoding(SourceDecoding):
 
     The source is decoded before the target, in T steps. Step 0 reads the source's prompt, and each later step reads one
     new token. When the target has n tokens (prompt and padding included), a forward uses step min(n, T) - 1. If that
-    step has more positions than the forward, its last position is used. After a source row has ended, it continues with
-    pad tokens until all rows have ended.
+    step has as many positions as the forward, they fuse position by position. If it has more, its last position is
+    used. After a source row has ended, it continues with pad tokens until all rows have ended.
 
     Attributes:
         steps: S of each of the T steps.

@@ -6,7 +6,7 @@ The source's states are projected with A, the weight of lora_A, before the block
     backward    the mean of all ranks' dA, sharded
 
 FSDP2 accumulates each block's gradients on a separate CUDA stream and waits for that stream at the end of the backward
-pass. The source's contribution to dA is complete only after the last block's backward, so it is added after this wait.
+pass. The source's contribution to dA is complete only after the backward of all blocks, so it is added after this wait.
 The sum is therefore exact, and the two CUDA streams do not race.
 """
 

@@ -159,7 +159,7 @@ class DiskTier:
         return self._published_bytes + self._waiting_bytes + self._reserved_bytes
 
     def open(self, base: str) -> None:
-        """Open the published shards of a base model."""
+        """Remove abandoned unfinished files, and open the published shards of a base model."""
         self._base = base
         self._looked_at.clear()
         self._holders.clear()
@@ -290,7 +290,7 @@ class DiskTier:
             self._holders.setdefault(key, []).append(shard)
 
     def _remove_unfinished(self) -> None:
-        """Remove unfinished files that no process has locked, because the processes that wrote them have ended."""
+        """Remove unfinished files that are a minute old and not locked: the processes that wrote them have ended."""
         for path in self.directory.glob(f"{PREFIX}*{UNFINISHED}"):
             if not path.is_file():  # opening a FIFO would wait for its writer
                 continue
