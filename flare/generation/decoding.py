@@ -14,7 +14,8 @@ maps the target's rows (beams, or several samples of a prompt) to the source's r
                       prompt. New tokens fuse with the last of these states that is not padding.
 
 The classes hold no modules, so a cache can be copied without copying the model. Shapes: B rows of the source, m
-positions of its prompt, q positions of a forward pass, rank r. S is stored as layer -> adapter -> (B, q, r).
+positions of its prompt, q positions of a forward pass, rank r, V tokens of the vocabulary. S is stored as layer ->
+adapter -> (B, q, r).
 """
 
 from __future__ import annotations
@@ -369,13 +370,13 @@ class AlignedDecoding(SourceDecoding):
 class ReleaseDecoding(SourceDecoding):
     """Follows the authors' release: all positions of a forward fuse with one step of the source.
 
-    The source is decoded before the target, in T steps. Step 0 reads the source's prompt, and each later step reads one
-    new token. When the target has n tokens (prompt and padding included), a forward uses step min(n, T) - 1. If that
+    The source is decoded before the target, in N steps. Step 0 reads the source's prompt, and each later step reads one
+    new token. When the target has n tokens (prompt and padding included), a forward uses step min(n, N) - 1. If that
     step has as many positions as the forward, they fuse position by position. If it has more, its last position is
     used. After a source row has ended, it continues with pad tokens until all rows have ended.
 
     Attributes:
-        steps: S of each of the T steps.
+        steps: S of each of the N steps.
     """
 
     steps: list[Bottlenecks]

@@ -5,6 +5,8 @@ decoding (flare.generation.decoding). When beam search or sampling selects rows 
 their source rows. In every forward pass, the hook before the model (flare.source.hooks) takes S = x_source Aᵀ of the
 pass's positions from the cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses
 once, before decoding.
+
+Shapes: B rows of a batch, m positions, hidden states of width d, u positions of a decoder's prompt.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ Beams and samples of a prompt share one source row. The prompts of target and so
 because the time for a prompt is limited by arithmetic, not by reading weights, and a joint pass would need twice the
 activation memory.
 
-Shapes: t rows of the target, s rows of the source, one new token each.
+Shapes: t rows of the target and s rows of the source, with one new token each; hidden states of width d; V tokens of
+the vocabulary.
 """
 
 from __future__ import annotations

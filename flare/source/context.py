@@ -4,6 +4,8 @@ A :class:`SourceContext` belongs to one forward pass. It is passed to the blocks
 checkpointing runs a block again during the backward pass, when only the block's arguments are still available. Modeling
 code calls the projections inside a block with a single tensor, so they read the context from the :class:`Slot` of the
 running thread.
+
+Shapes: B rows of a batch, m positions, hidden states of width d, rank r.
 """
 
 from __future__ import annotations

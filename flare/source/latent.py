@@ -5,6 +5,8 @@
 MT is machine translation. No source pass is needed. x_S is the same for all blocks, so one matrix product with A_cat,
 the stacked A of all fusing layers, gives all S of an adapter. Autograd computes the gradients of every A and, through
 dx_S, of the projection.
+
+Shapes: B rows of a batch, m positions, hidden states of width d.
 """
 
 from __future__ import annotations

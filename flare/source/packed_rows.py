@@ -1,6 +1,8 @@
 """Checks for packed rows: with a source, a row of the target must not hold several texts.
 
 The source pass reads each row as one text.
+
+Shapes: B rows of a batch, n choices of a row, m positions.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class Reads:
         return execution_device(self._A[0])
 
     def weights(self) -> list[Tensor]:
-        """Return the weight (r, d) of every lora_A that reads a state."""
+        """Return the weight (r, d) of every lora_A that reads a state: rank r, hidden states of width d."""
         return [A._parameters["weight"] if "weight" in A._parameters else A.weight for A in self._A]  # type: ignore[misc]  # noqa: SIM401
 
 

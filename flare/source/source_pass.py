@@ -4,6 +4,9 @@ A :data:`Reader` calls a function with each required state, in the order in whic
 that stay on the device go to the layers unprojected (:func:`context_from_states`). A layer then projects the states of
 both texts in one kernel launch, and computes both texts' contributions to dA in one launch. All other states are
 projected to S as soon as they are computed (flare.source.projected).
+
+Shapes: B rows of a batch, m positions, hidden states of width d. A tensor (n, c) has one row for each of n positions
+of the batch.
 """
 
 from __future__ import annotations
@@ -349,8 +352,8 @@ class Preparation:
         dtype: autocast's dtype, or None without autocast.
         tokens: stack -> token positions, if source_padding="zero" and padding is removed. Empty if ``masks`` is used.
         masks: stack -> mask (B, m), if source_padding="zero" and padding is set to zero instead of being removed. This
-            is done if the mask is on a GPU, because finding the tokens would wait for the GPU, and if lora_A modules
-            with hooks project the states.
+            is done if the mask is on a GPU, because finding the tokens would wait for the GPU, and if the layers
+            project the states (B, m, d) themselves.
     """
 
     dtype: torch.dtype | None = None

@@ -1,6 +1,8 @@
 """SourceStateCache: the frozen model reads each source text once, and later epochs read its states from the cache.
 
 A row is one text of a batch. A stack is the list of blocks of a decoder-only model, of an encoder, or of a decoder.
+
+Shapes: B rows of a batch, m positions, hidden states of width d, u positions of a decoder's input.
 """
 
 from __future__ import annotations

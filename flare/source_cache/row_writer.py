@@ -1,6 +1,8 @@
 """Write the rows that a source pass computes into the cache, and measure the time of the pass for tiers="auto".
 
 A row is one text of a batch, and an entry holds the states of a row as bytes.
+
+Shapes: B' rows that a source pass computes, m positions, hidden states of width d.
 """
 
 from __future__ import annotations
