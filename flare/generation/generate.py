@@ -267,7 +267,8 @@ def _generate_encoder_decoder(
                 }  # no layer of the decoder fuses
             context = read_source(model, runtime, source, target, source_padding=padding)
     store_target_masks(runtime, in_encoder.uses, context, args, kwargs)
-    THREAD.slot.forward = context  # the hook before the encoder's blocks reads it, as generate calls the encoder itself
+    # generate calls the encoder directly, so the hook before the encoder's blocks takes the context from the slot
+    THREAD.slot.forward = context
     try:
         output = model.generate(*args, **kwargs)
     finally:

@@ -245,7 +245,10 @@ class Recipe:
         return kind(output_dir=os.fspath(output_dir), **{**self.training, **changes})
 
     def _changed(self, changes: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-        """Return the recipe with the changed keys, the fields of FlareConfig, and arguments for from_pretrained."""
+        """Return the recipe with the changed keys, the changed fields of FlareConfig, and all other changes.
+
+        The other changes are arguments of the base's from_pretrained.
+        """
         keys = {f.name for f in fields(self)} - {"name"}
         adapter = {key: value for key, value in changes.items() if key in _ADAPTER_FIELDS}
         options = {key: value for key, value in changes.items() if key not in keys and key not in _ADAPTER_FIELDS}

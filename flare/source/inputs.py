@@ -262,8 +262,9 @@ def read_source(
     device, masks = weights[0].device, {}
     if device.type == "meta":
         device = reads.device
-    # by_modules: each layer must project the state by calling its modules lora_dropout and lora_A. In a compiled graph
-    # every layer projects the state itself, with or without hooks.
+    # by_modules: each layer must project the state by calling its modules lora_dropout and lora_A, because they have
+    # hooks, or because the pass supports only plain operators. In a compiled graph this is not needed, because every
+    # layer projects the state itself anyway.
     compiles, plain = torch.compiler.is_compiling(), slot.plain
     by_modules = plain or (not compiles and needs_grad(weights) and reads.have_hooks())
     reader: Any

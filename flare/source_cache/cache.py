@@ -85,7 +85,7 @@ class SourceStateCache(Store):
 
     Args:
         budget: total bytes of all tiers, or {tier: bytes}. If one number covers several tiers, "device" and "host" each
-            take at most half of the memory that is free there.
+            take at most half of the free memory of the device or of the host.
         tiers: the tiers to use, fastest first: "device", "host" (pinned if there is a GPU), "disk" (only with a
             directory). "auto" measures the time to read and to compute a row in the first two source passes, and uses
             the tiers from which reading is faster than computing.

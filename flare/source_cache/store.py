@@ -148,7 +148,7 @@ class Store:
         return None
 
     def _promoted(self, key: str, entry: Entry, holder: Tier) -> Entry:
-        """Return the entry. If it is on disk and a memory tier has room, copy it there first."""
+        """Return the entry. If it is on disk and a memory tier has room, copy it into that tier and return the copy."""
         if isinstance(holder, DiskTier) and entry.data.numel() and entry.ready is None:
             for tier in self._tiers[: self._tiers.index(holder)]:
                 buffer = tier.reserve(entry.data.numel(), self.device, self._left)

@@ -54,8 +54,8 @@ class Translator:
         source_tag, target_tag: the tokenizer's language tags (NLLB ``eng_Latn``, mBART ``en_XX``, M2M100 ``en``); None
             for models without tags (Marian, T5).
         device, dtype, revision: see `TranslationModel`; only used if `model` is a hub id or folder.
-        prefix: text that is written before every text, for models that read an instruction there (T5, MADLAD, some
-            Marian models).
+        prefix: text that is written before every text, for models that expect an instruction before the text (T5,
+            MADLAD, some Marian models).
         max_length: maximum tokens of a piece of text. Longer texts are split at sentence ends, and longer sentences are
             truncated. Default: the model's limit, at most 512.
         max_new_tokens: maximum tokens of a piece's translation. Default: the model's limit, at most 512.
