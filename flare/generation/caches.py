@@ -1,4 +1,4 @@
-"""KV caches of the target that carry the decoding of its source (a SourceDecoding of flare.generation.decoding)."""
+"""KV caches of the target that also hold the state of the source's decoding (flare.generation.decoding)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .decoding import SourceDecoding
 
 
 class _WithSource:
-    """Mixin for a cache of transformers. When rows of the target are selected, it selects the source's rows too."""
+    """Mixin for a cache of transformers. When it selects rows of the target, it also selects their source rows."""
 
     flare_decoding: SourceDecoding
     is_croppable = False  # the source cannot go back to earlier positions
@@ -35,7 +35,7 @@ class SourceEncoderDecoderCache(_WithSource, EncoderDecoderCache):
 
 
 def new_cache(model: Any, source: SourceDecoding | None = None) -> Any:
-    """Return an empty KV cache for a model. If ``source`` is given, the cache carries it."""
+    """Return an empty KV cache for a model. If ``source`` is given, the cache holds it."""
     config = model.config.get_text_config(decoder=True)
     cache: Any
     if model.config.is_encoder_decoder:

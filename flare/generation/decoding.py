@@ -1,7 +1,7 @@
 """Decode the source along with a target that is generated token by token.
 
-The target's KV cache (flare.generation.caches) carries an instance of one of the classes below. For each forward of the
-target, the instance returns S of the forward's positions, where S = x_source Aᵀ is the source's bottleneck. It also
+The target's KV cache (flare.generation.caches) holds an instance of one of the classes below. For each forward pass of
+the target, the instance returns S of the pass's positions, where S = x_source Aᵀ is the source's bottleneck. It also
 maps the target's rows (beams, or several samples of a prompt) to the source's rows.
 
     AlignedDecoding   As in training: position j of the target's prompt fuses with position j of the source's prompt,
@@ -11,10 +11,11 @@ maps the target's rows (beams, or several samples of a prompt) to the source's r
     ReleaseDecoding   As in the authors' release: the source is decoded before the target. All positions of a forward
                       fuse with a single position of the source, which is chosen by the target's length.
     LatentDecoding    FLARE MT: the user passes the states of a translation model's encoder, one per position of the
-                      prompt. New tokens fuse with the last of these states.
+                      prompt. New tokens fuse with the last of these states that is not padding.
 
 The classes hold no modules, so a cache can be copied without copying the model. Shapes: B rows of the source, m
-positions of its prompt, q positions of a forward, rank r. S is stored as layer -> adapter -> (B, q, r).
+positions of its prompt, q positions of a forward pass, rank r, V tokens of the vocabulary. S is stored as layer ->
+adapter -> (B, q, r).
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class SourceDecoding:
         pairs: the (layer, adapter) pairs that fuse.
         in_decoder: whether these layers are in an encoder-decoder's decoder.
         used: number of the target's positions for which S was returned.
-        rows: (target rows,), the index of the source row of each target row. None while the indices are equal.
+        rows: (target rows,), the index of the source row of each target row. None while every target row i
+            uses source row i.
     """
 
     pairs: Pairs
@@ -92,11 +94,12 @@ class SourceDecoding:
         Args:
             model: the transformers model.
             runtime: the model's runtime, which knows the layers that fuse.
-            shape: (rows, q), the shape of the forward's token ids.
+            shape: (rows, q), the shape of the forward's token ids; None if the forward got no token ids.
             past: number of positions in the target's KV cache.
 
         Raises:
-            ValueError: the forward does not start where the last one ended, or other adapters are active.
+            ValueError: the forward does not start where the last one ended, other adapters are active, or the number of
+                target rows does not fit the number of source rows.
         """
         active = runtime.active_uses()
         reads = active.of_decoder if self.in_decoder else active.of_text
@@ -212,7 +215,7 @@ class FrozenDecoder:
                 "decoder_input_ids": ids,
             }
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in accepted:  # counted from a row's first token, as generate counts them
+        if "position_ids" in accepted:  # counted from a row's first token after the padding, as generate counts them
             positions = mask.long().cumsum(-1) - 1
             inputs["position_ids"] = positions.masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
         if "logits_to_keep" in accepted:
@@ -367,13 +370,13 @@ class AlignedDecoding(SourceDecoding):
 class ReleaseDecoding(SourceDecoding):
     """Follows the authors' release: all positions of a forward fuse with one step of the source.
 
-    The source is decoded before the target, in T steps. Step 0 reads the source's prompt, and each later step reads one
-    new token. When the target has n tokens (prompt and padding included), a forward uses step min(n, T) - 1. If that
-    step has more positions than the forward, its last position is used. After a source row has ended, it continues with
-    pad tokens until all rows have ended.
+    The source is decoded before the target, in N steps. Step 0 reads the source's prompt, and each later step reads one
+    new token. When the target has n tokens (prompt and padding included), a forward uses step min(n, N) - 1. If that
+    step has as many positions as the forward, they fuse position by position. If it has more, its last position is
+    used. After a source row has ended, it continues with pad tokens until all rows have ended.
 
     Attributes:
-        steps: S of each of the T steps.
+        steps: S of each of the N steps.
     """
 
     steps: list[Bottlenecks]

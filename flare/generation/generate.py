@@ -1,10 +1,12 @@
-"""Run transformers' ``generate`` with a source, which the target's KV cache carries.
+"""Run transformers' ``generate`` with a source.
 
-A cache of flare.generation.caches is passed as ``past_key_values``. It carries the decoding of the source
-(flare.generation.decoding). When beam search or sampling selects rows of the target, the cache also selects the rows of
-the source. In every forward, the hook before the model (flare.source.hooks) takes S = x_source Aᵀ of the forward's
-positions from the cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses once,
-before decoding.
+A KV cache of flare.generation.caches is passed as ``past_key_values``. It also holds the state of the source's
+decoding (flare.generation.decoding). When beam search or sampling selects rows of the target, the cache also selects
+their source rows. In every forward pass, the hook before the model (flare.source.hooks) takes S = x_source Aᵀ of the
+pass's positions from the cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses
+once, before decoding.
+
+Shapes: B rows of a batch, m positions, hidden states of width d, u positions of a decoder's prompt.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ def _generate_decoder_only(
 
 
 def _pass_cache(model: Any, decoding: SourceDecoding, options: Options, kwargs: dict[str, Any]) -> None:
-    """Add a KV cache that carries the source to the keyword arguments of ``generate``."""
+    """Add a KV cache that holds ``decoding`` to the keyword arguments of ``generate``."""
     if options.get("cache_implementation") is not None:
         kwargs["cache_implementation"] = None  # generate accepts either this option or a cache
     kwargs["past_key_values"] = new_cache(model, decoding)
@@ -145,7 +147,7 @@ def _source_decoding(
     target: tuple[Tensor, Tensor | None],
     options: Options,
 ) -> SourceDecoding:
-    """Return the decoding of the source for a decoder-only model."""
+    """Return the state of the source's decoding before the first token, for a decoder-only model."""
     shape = tuple(target[0].shape[:2])
     pairs, adapters = fusing_pairs(reads), reads.adapters
     if runtime.setting("latent_dim", adapters) is not None:
@@ -260,10 +262,13 @@ def _generate_encoder_decoder(
             _pass_cache(model, decoding, options, kwargs)
         else:
             if all(runtime.configs[adapter].latent_dim is None for adapter in in_encoder.adapters):
-                source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
+                source = {
+                    name: value for name, value in source.items() if name not in decodes
+                }  # no layer of the decoder fuses
             context = read_source(model, runtime, source, target, source_padding=padding)
     store_target_masks(runtime, in_encoder.uses, context, args, kwargs)
-    THREAD.slot.forward = context  # the hook before the encoder's blocks reads it, as generate calls the encoder itself
+    # generate calls the encoder directly, so the hook before the encoder's blocks takes the context from the slot
+    THREAD.slot.forward = context
     try:
         output = model.generate(*args, **kwargs)
     finally:
@@ -282,7 +287,7 @@ def _read_encoder(
     target: tuple[int, ...],
     options: Options,
 ) -> tuple[SourceContext, AlignedDecoding]:
-    """Run the frozen encoder. Return the S of the encoder's layers, and a decoding of the source by the decoder."""
+    """Run the frozen encoder. Return a context with S of its layers, and the state of the source's decoding."""
     adapters = in_encoder.adapters | in_decoder.adapters
     inputs = backbone_inputs(model, source, target)
     mask = inputs.get("attention_mask")

@@ -39,7 +39,7 @@ class Options:
         return [int(token) for token in (value if isinstance(value, (list, tuple)) else [value])]
 
     def pad_id(self) -> int:
-        """Return the pad token. If it is not set, return the first end token, as ``generate`` does, or 0."""
+        """Return the pad token. If none is set, return the first end token, as ``generate`` does, or else 0."""
         return next(iter([*self.token_ids("pad_token_id"), *self.token_ids("eos_token_id")]), 0)
 
     def max_new_tokens(self, prompt: int) -> int:

@@ -12,7 +12,8 @@ Beams and samples of a prompt share one source row. The prompts of target and so
 because the time for a prompt is limited by arithmetic, not by reading weights, and a joint pass would need twice the
 activation memory.
 
-Shapes: t rows of the target, s rows of the source, one new token each.
+Shapes: t rows of the target and s rows of the source, with one new token each; hidden states of width d; V tokens of
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: 
 
 
 def _in_training(module: nn.Module) -> bool:
-    """Return whether a module is in train mode. Adapters do not count, as PEFT adds them in train mode to any model."""
+    """Return whether a module is in train mode. FLARE layers and quantised linears are skipped.
+
+    PEFT adds adapters in train mode to any model, and the mode of a quantised linear is never changed.
+    """
     if isinstance(module, FlareLayer) or is_quantized_linear(module):
         return False
     return module.training or any(_in_training(child) for child in module.children())
@@ -117,7 +121,7 @@ def _rope_over_batch(model: Any) -> str | None:
 
 
 def inputs_of_both(kwargs: dict[str, Any], source: dict[str, Any], past: int) -> tuple[dict[str, Any] | None, str]:
-    """Return the keyword arguments of one forward on target and source and "", or None and why this is not possible.
+    """Return (keyword arguments of one forward on both target and source, ""), or (None, why this is not possible).
 
     Args:
         kwargs: keyword arguments of the target's forward: input_ids (t, 1), and attention_mask (t, past + 1) if there
@@ -151,7 +155,7 @@ def inputs_of_both(kwargs: dict[str, Any], source: dict[str, Any], past: int) ->
 
 
 def join_caches(target: Any, source: Any) -> None:
-    """Append the source's keys and values (s, heads, m, c) to the target's cache, layer by layer.
+    """Append the source's keys and values (s, heads, m, head size) to the target's cache, layer by layer.
 
     The source's cache is left with empty tensors.
     """

@@ -2,8 +2,9 @@
 
     model, tokenizer = flare.from_recipe("qlora", "meta-llama/Llama-3.1-8B")
 
-A recipe holds the task, the quantisation of the base, the adapter, the training arguments and the batches. The YAML
-files in this folder are the paper's settings and two QLoRA presets. Your own files have the same keys.
+A recipe holds the task, and the settings of the base model, its quantisation, the adapter, the batches and the
+training. The YAML files in this folder are the paper's settings and two QLoRA presets. Your own files have the same
+keys.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TASKS = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "seq2seq"),
 }
 _CHECKPOINTING = (False, True, "non-reentrant", "reentrant")
-# Heads are trained, or read in full precision. Quantised heads allow neither.
+# These heads are trained or used in full precision, and a quantised head allows neither.
 _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
 # FlareConfig has a field revision too, but in a recipe revision is an argument of the base's from_pretrained.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
@@ -119,7 +120,8 @@ class Recipe:
     def read(cls, recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
         """Read a recipe from its name (see :func:`names`), a YAML file, or a mapping with the keys of such a file.
 
-        A file with the key ``tasks`` has one recipe per task: ``"paper-llama/nusax"``, ``"mine.yaml/nusax"``.
+        A file with the key ``tasks`` has one recipe per task: ``"paper-llama/nusax"``, ``"mine.yaml/nusax"``. A
+        ``Recipe`` is returned unchanged.
 
         Raises:
             ValueError: ``recipe`` is neither a known name nor a YAML file, the task is missing, or a key or value is
@@ -243,7 +245,10 @@ class Recipe:
         return kind(output_dir=os.fspath(output_dir), **{**self.training, **changes})
 
     def _changed(self, changes: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-        """Return the recipe with the changed keys, the fields of FlareConfig, and arguments for from_pretrained."""
+        """Return the recipe with the changed keys, the changed fields of FlareConfig, and all other changes.
+
+        The other changes are arguments of the base's from_pretrained.
+        """
         keys = {f.name for f in fields(self)} - {"name"}
         adapter = {key: value for key, value in changes.items() if key in _ADAPTER_FIELDS}
         options = {key: value for key, value in changes.items() if key not in keys and key not in _ADAPTER_FIELDS}
@@ -282,7 +287,8 @@ class Recipe:
     def _prepared(self, model: Any) -> Any:
         """Enable gradient checkpointing if the recipe has it enabled.
 
-        For a quantised base, PEFT also freezes the weights and casts the norms to float32.
+        For a quantised base, PEFT also freezes all weights, and casts the half-precision weights that are not quantised
+        (such as norms and embeddings) to float32.
         """
         on = bool(self.gradient_checkpointing)
         mode = {"use_reentrant": self.gradient_checkpointing == "reentrant"}

@@ -1,4 +1,7 @@
-"""Names of the source arguments of a model's forward."""
+"""Names of the source arguments of a model's forward.
+
+Shapes: B rows of a batch, n choices of a row, m positions.
+"""
 
 from __future__ import annotations
 

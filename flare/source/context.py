@@ -4,6 +4,8 @@ A :class:`SourceContext` belongs to one forward pass. It is passed to the blocks
 checkpointing runs a block again during the backward pass, when only the block's arguments are still available. Modeling
 code calls the projections inside a block with a single tensor, so they read the context from the :class:`Slot` of the
 running thread.
+
+Shapes: B rows of a batch, m positions, hidden states of width d, rank r.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 #: The keyword argument that passes a context to the blocks.
 KEYWORD = "flare_source"
 
-#: S = x_S A^T, the projected source states: path of the layer -> adapter name -> (B, m, r).
+#: S = x_S A^T, the projections of the source's hidden states x_S: path of the layer -> adapter name -> (B, m, r).
 Bottlenecks = dict[str, dict[str, Tensor]]
 
 

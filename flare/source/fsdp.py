@@ -1,10 +1,12 @@
-"""Adapter weights under FSDP2. The source's states are projected before the blocks run, so A is gathered here.
+"""Gather adapter weights under FSDP2, which gathers a block's weights only when the block runs.
+
+The source's states are projected with A, the weight of lora_A, before the blocks run. This module therefore gathers A:
 
     forward     full_parameter(A (r, d), sharded over the ranks)  ->  A (r, d), a plain tensor
     backward    the mean of all ranks' dA, sharded
 
 FSDP2 accumulates each block's gradients on a separate CUDA stream and waits for that stream at the end of the backward
-pass. The source's contribution to dA is complete only after the last block's backward, so it is added after this wait.
+pass. The source's contribution to dA is complete only after the backward of all blocks, so it is added after this wait.
 The sum is therefore exact, and the two CUDA streams do not race.
 """
 

@@ -49,7 +49,7 @@ def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ..
 
 
 def decoder_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """Return (B, u) of the target's decoder input. If the call has none, the model derives it from input_ids (B, m)."""
+    """Return (B, u) of the target's decoder input. If the call has none, the model derives it from its input_ids."""
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.dim() > 1:
@@ -216,7 +216,7 @@ def read_source(
 
     Args:
         model: the transformers model.
-        runtime: its runtime.
+        runtime: the runtime attached to the model.
         source: the source arguments of the call.
         target: (B, m) of the target text, to check the source against.
         decoder_target: (B, u) of the target's decoder input, to check the source's decoder input against.
@@ -262,8 +262,9 @@ def read_source(
     device, masks = weights[0].device, {}
     if device.type == "meta":
         device = reads.device
-    # by_modules: each layer must project the state by calling its modules lora_dropout and lora_A. In a compiled graph
-    # every layer projects the state itself, with or without hooks.
+    # by_modules: each layer must project the state by calling its modules lora_dropout and lora_A, because they have
+    # hooks, or because the pass supports only plain operators. In a compiled graph this is not needed, because every
+    # layer projects the state itself anyway.
     compiles, plain = torch.compiler.is_compiling(), slot.plain
     by_modules = plain or (not compiles and needs_grad(weights) and reads.have_hooks())
     reader: Any
@@ -342,7 +343,11 @@ def _is_traceable(
     source_padding: str | None,
     source_cache: Any,
 ) -> bool:
-    """Return whether torch.compile can trace the source pass: states stay on the device and keep their shape."""
+    """Return whether torch.compile can trace the source pass.
+
+    It cannot with a cache, with FLARE MT, with a fusion that mixes positions, if padding is removed from the states
+    (source_padding="zero"), or if the states do not stay on the device (source_memory).
+    """
     return (
         source_cache is None
         and not reads.mixes_positions

@@ -5,6 +5,8 @@
 MT is machine translation. No source pass is needed. x_S is the same for all blocks, so one matrix product with A_cat,
 the stacked A of all fusing layers, gives all S of an adapter. Autograd computes the gradients of every A and, through
 dx_S, of the projection.
+
+Shapes: B rows of a batch, m positions, hidden states of width d.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class LatentContext(SourceContext):
         with_grad: whether gradients were enabled when the source was read.
         latent: h (B, m, latent_dim), detached.
         mask: (B, m), or None if the caller passed none.
-        dtype: the model's dtype, in which x_S is computed.
+        dtype: the dtype of x_S, which is the model's dtype. None: the dtype of latent_proj's weight.
         projections: adapter -> its latent_proj.
     """
 

@@ -255,7 +255,7 @@ def memory_of_pass(
     reader: Reader,
     prepare: Preparation,
 ) -> StateMemory:
-    """Return the memory for the states of a source pass. Warn once if the config's ``source_memory`` is not used.
+    """Return the memory for the states of a source pass. Warn once with the reason of :func:`choose_memory`, if any.
 
     Args:
         model: the transformers model.

@@ -1,6 +1,8 @@
 """Checks for packed rows: with a source, a row of the target must not hold several texts.
 
 The source pass reads each row as one text.
+
+Shapes: B rows of a batch, n choices of a row, m positions.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def refuse_packed_rows(
 
     Raises:
         ValueError: the call has boundaries of packed texts, position_ids that restart within a row, or an attention
-            mask that is not (B, m).
+            mask that is neither (B, m) nor, for multiple choice, (B, n, m) like input_ids.
     """
     mask = kwargs.get("attention_mask")
     if len(args) < 2 and CHECKED_ARGUMENTS.isdisjoint(kwargs) and (mask is None or getattr(mask, "ndim", 0) == 2):

@@ -1,4 +1,4 @@
-"""State that the hooks of one transformers model share: its map, its adapters, and the source states that they use."""
+"""State that the hooks of one transformers model share: its adapters, and the source states that the adapters use."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Reads:
     """Uses (state, adapter, layer) of the states of one source pass, grouped for the projection to S.
 
     Attributes:
-        uses: the triples.
+        uses: the (state, adapter, layer) triples.
         groups: the uses, grouped by state, adapter and site, in order of depth.
         by_key: state -> the groups that use it.
         keys: the states, in order of depth.
@@ -117,7 +117,7 @@ class Reads:
         return execution_device(self._A[0])
 
     def weights(self) -> list[Tensor]:
-        """Return the weight (r, d) of every lora_A that reads a state."""
+        """Return the weight (r, d) of every lora_A that reads a state: rank r, hidden states of width d."""
         return [A._parameters["weight"] if "weight" in A._parameters else A.weight for A in self._A]  # type: ignore[misc]  # noqa: SIM401
 
 

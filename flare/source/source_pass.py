@@ -2,8 +2,11 @@
 
 A :data:`Reader` calls a function with each required state, in the order in which the model computes the states. States
 that stay on the device go to the layers unprojected (:func:`context_from_states`). A layer then projects the states of
-both texts in one kernel launch, and computes both texts' contributions to dA in one launch. Otherwise
-flare.source.projected projects each state to S as soon as it is computed.
+both texts in one kernel launch, and computes both texts' contributions to dA in one launch. All other states are
+projected to S as soon as they are computed (flare.source.projected).
+
+Shapes: B rows of a batch, m positions, hidden states of width d. A tensor (n, c) has one row for each of n positions
+of the batch.
 """
 
 from __future__ import annotations
@@ -157,7 +160,7 @@ class ModuleSwitches:
 
     @contextlib.contextmanager
     def off(self, *, dropout: bool) -> Iterator[None]:
-        """Disable adapters, compiled calls and (unless ``dropout``) train mode.
+        """Disable adapters, compiled calls and (if ``dropout`` is False) train mode.
 
         If source passes of several threads overlap, the last one to end restores the modules.
         """
@@ -231,7 +234,7 @@ class FrozenPass:
 
 
 def read_from_model(model: nn.Module, inputs: dict[str, Any], keys: Iterable[StateKey], *, dropout: bool) -> Reader:
-    """Return a reader that runs the frozen model without adapters, gradients and (unless ``dropout``) dropout.
+    """Return a reader that runs the frozen model without adapters, gradients and (if ``dropout`` is False) dropout.
 
     The pass stops after the last required state: no later block, final norm, pooler or head runs.
 
@@ -347,9 +350,10 @@ class Preparation:
 
     Attributes:
         dtype: autocast's dtype, or None without autocast.
-        tokens: stack -> token positions, if source_padding="zero" and the mask is on the host. Padding is removed.
-        masks: stack -> mask (B, m), if source_padding="zero" and the mask is on a GPU. Padding is set to zero and not
-            removed, because finding the tokens would wait for the GPU.
+        tokens: stack -> token positions, if source_padding="zero" and padding is removed. Empty if ``masks`` is used.
+        masks: stack -> mask (B, m), if source_padding="zero" and padding is set to zero instead of being removed. This
+            is done if the mask is on a GPU, because finding the tokens would wait for the GPU, and if the layers
+            project the states (B, m, d) themselves.
     """
 
     dtype: torch.dtype | None = None

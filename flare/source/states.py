@@ -1,4 +1,7 @@
-"""SourceStates: the hidden states of one source pass, as ``encode_source`` returns them."""
+"""SourceStates: the hidden states of one source pass, as ``encode_source`` returns them.
+
+Shapes: B rows of a batch, m positions, hidden states of width d.
+"""
 
 from __future__ import annotations
 

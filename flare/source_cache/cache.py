@@ -1,6 +1,8 @@
 """SourceStateCache: the frozen model reads each source text once, and later epochs read its states from the cache.
 
 A row is one text of a batch. A stack is the list of blocks of a decoder-only model, of an encoder, or of a decoder.
+
+Shapes: B rows of a batch, m positions, hidden states of width d, u positions of a decoder's input.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class _Bound:
         relative: whether a text keeps its states when all its positions are shifted (:func:`counts_relatively`).
         width_counts: whether the states depend on the padded width of the batch (:func:`needs_width`).
         accepts_types: whether the model takes token types (:func:`accepts_types`).
-        plans: set of required states -> the plan of these states.
+        plans: set of required states -> their Plan: the stacks and the order in which entries store the states.
     """
 
     watch: Watch
@@ -47,7 +49,7 @@ class _Bound:
     plans: dict[frozenset[StateKey], Plan] = field(default_factory=dict)
 
     def plan(self, model: nn.Module, keys: Collection[StateKey], decoders: Collection[str]) -> Plan:
-        """Return the plan of the required states, which is built at the first call."""
+        """Return the Plan of the required states, which is built when they are first required."""
         required = frozenset(keys)
         plan = self.plans.get(required)
         if plan is None:
@@ -83,7 +85,7 @@ class SourceStateCache(Store):
 
     Args:
         budget: total bytes of all tiers, or {tier: bytes}. If one number covers several tiers, "device" and "host" each
-            take at most half of the memory that is free there.
+            take at most half of the free memory of the device or of the host.
         tiers: the tiers to use, fastest first: "device", "host" (pinned if there is a GPU), "disk" (only with a
             directory). "auto" measures the time to read and to compute a row in the first two source passes, and uses
             the tiers from which reading is faster than computing.

@@ -1,4 +1,6 @@
-"""Compute the fingerprint of a base model: a hash of its frozen weights and its config, on which source states depend.
+"""Compute the fingerprint of a base model: a hash of the parts that source states depend on.
+
+Source states depend on the frozen weights, the config, and the padding_idx of the modules.
 
 The fingerprint does not depend on the model's adapters, on its head, or on trained copies of its modules.
 """

@@ -34,8 +34,8 @@ class MemoryTier:
         name: "device" or "host".
         budget: largest number of bytes that the tier takes.
         modest: whether several tiers share the budget. The tier then takes at most half of the memory that is free when
-            it stores its first row, and takes no more memory once little is free, because training may need more memory
-            later.
+            it stores its first row, and allocates no slab that would leave less than 1/16 of all memory free, because
+            training may need more memory later.
     """
 
     def __init__(self, name: str, budget: int, modest: bool) -> None:

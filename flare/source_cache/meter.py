@@ -20,7 +20,8 @@ class CacheStats:
 
     Attributes:
         rows: number of rows (texts) that were requested.
-        hits: number of rows that were read from the cache.
+        hits: number of rows that the frozen model did not compute, because they were cached or equal another row of the
+            batch.
         entries: tier -> number of stored rows.
         nbytes: tier -> bytes that the tier takes.
         seconds_saved: estimated seconds that the hits saved. None if no source pass has computed all its rows, because
@@ -35,7 +36,7 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of rows that were read from the cache: hits / rows, or 0 before the first row."""
+        """hits / rows: the share of rows that the frozen model did not compute; 0 before the first row."""
         return self.hits / self.rows if self.rows else 0.0
 
     def facts(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 Rows that are cached are read. The frozen model runs on the other rows only, and their states are stored. A stack is the
 list of blocks of a decoder-only model, of an encoder, or of a decoder.
+
+Shapes: B rows of a batch, m positions, hidden states of width d.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Write the rows that a source pass computes into the cache, and measure the time of the pass for tiers="auto".
 
 A row is one text of a batch, and an entry holds the states of a row as bytes.
+
+Shapes: B' rows that a source pass computes, m positions, hidden states of width d.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from .store import Store, Tier
 class RowWriter:
     """Writes the rows that one source pass computes.
 
-    At the first state, the writer reserves memory for every row. It then copies one state after another.
+    At the first state, the writer reserves memory for the rows. Rows for which no tier has memory are not stored. The
+    writer then copies one state after another.
 
     Args:
         cache: the cache.
@@ -39,7 +42,7 @@ class RowWriter:
         self.devices: set[torch.device] = set()  # devices that computed states
 
     def write(self, key: StateKey, hidden: Tensor) -> None:
-        """Copy each row's stored positions of one state (B', m, d)."""
+        """Copy one state (B', m, d) of the B' computed rows: the positions of each row that are stored."""
         index_of = {row.key: index for index, row in enumerate(self.rows)}
         self.devices.add(hidden.device)
         with torch.inference_mode(False), torch.no_grad():  # training cannot save inference tensors for backward
@@ -73,7 +76,7 @@ class RowWriter:
             yield row, tier, entry, entry.states(self.batch.counts(row))
 
     def commit(self) -> None:
-        """Put the written rows into their tiers."""
+        """Put the written rows into their tiers, or into ``cache.trial_rows`` if the tiers are not chosen yet."""
         ready = None
         if self.cache.device.type == "cuda":
             stream = torch.cuda.current_stream(self.cache.device)

@@ -3,10 +3,10 @@
 A row is one text of a batch, and an entry holds the states of a row as bytes. A shard is published atomically: it is
 written to a temporary ("unfinished") file, synced to disk and renamed.
 
-A shard is an ordinary safetensors file. Its metadata contain the fingerprint of the base model and, for each entry, the
-dtype, the width, the number of bytes, and a digest of key and bytes. Every process writes its own shards and reads the
-shards of all processes. A published file is never changed or removed. An unfinished file is removed only if the process
-that wrote it has ended.
+A shard is an ordinary safetensors file. Its metadata contain the format, the fingerprint of the base model and, for
+each entry, the dtype, the width, the number of bytes, and a digest of the key, of these values and of the bytes. Every
+process writes its own shards and reads the shards of all processes. A published file is never changed or removed. An
+unfinished file is removed only if the process that wrote it has ended.
 
 Opening a shard checks the header against the file's size (``safetensors.safe_open``). Every read checks the file's
 size and the entry's digest. Two operations do not use the safetensors package:
@@ -43,9 +43,9 @@ _FORMATS = "flare-source-states-"
 #: never read.
 FORMAT = f"{_FORMATS}2"
 PREFIX, SUFFIX, UNFINISHED = "source-states-", ".safetensors", ".unfinished"
-#: Estimated bytes of the header per entry.
+#: Estimated bytes that an entry takes in a shard's header.
 HEADER = 384
-#: Bytes of waiting rows at which a shard is written.
+#: Bytes of waiting rows at which a shard is written. (An eighth of the tier's budget, if this is less.)
 _SHARD = 256 << 20
 #: Largest number of files that stay mapped (and open).
 _MAPPED = 64
@@ -69,7 +69,7 @@ class Record:
 
 
 class Shard:
-    """A published file, which is memory-mapped while it is read.
+    """A published file, which is memory-mapped from its first read until :meth:`unmap`.
 
     Raises:
         Unreadable: the file is not an intact shard of this base model.
@@ -155,11 +155,11 @@ class DiskTier:
 
     @property
     def used(self) -> int:
-        """Bytes of the published shards and of the rows that wait in memory."""
+        """Bytes of the published shards, of the rows that wait in memory, and of the memory reserved for rows."""
         return self._published_bytes + self._waiting_bytes + self._reserved_bytes
 
     def open(self, base: str) -> None:
-        """Open the published shards of a base model."""
+        """Remove abandoned unfinished files, and open the published shards of a base model."""
         self._base = base
         self._looked_at.clear()
         self._holders.clear()
@@ -290,7 +290,7 @@ class DiskTier:
             self._holders.setdefault(key, []).append(shard)
 
     def _remove_unfinished(self) -> None:
-        """Remove unfinished files that no process has locked, because the processes that wrote them have ended."""
+        """Remove unfinished files that are a minute old and not locked: the processes that wrote them have ended."""
         for path in self.directory.glob(f"{PREFIX}*{UNFINISHED}"):
             if not path.is_file():  # opening a FIFO would wait for its writer
                 continue

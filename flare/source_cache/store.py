@@ -73,7 +73,8 @@ class Store:
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
         self._warned: set[str] = set()
-        self.contents: dict[str, tuple[int, ...]] = {}  # hash of a row's tokens -> padded widths
+        #: Hash of a row's tokens -> the padded widths with which the row was first computed.
+        self.contents: dict[str, tuple[int, ...]] = {}
         self._row_seconds: list[float] = []  # seconds to compute a row, for tiers="auto"
         self.trial_rows: list[tuple[str, Entry]] = []  # rows computed before tiers="auto" has decided
         self.lock = threading.RLock()  # on a GPU, backward passes read from other threads
@@ -128,7 +129,9 @@ class Store:
 
     @_locked
     def find(self, key: str, positions: int) -> Entry | None:
-        """Return a row's entry from the fastest tier that has it, or None. Copy an entry on disk into a memory tier.
+        """Return a row's entry from the fastest tier that has it, or None.
+
+        An entry on disk is also copied into a memory tier that has room.
 
         Args:
             key: the row's key.
@@ -145,7 +148,7 @@ class Store:
         return None
 
     def _promoted(self, key: str, entry: Entry, holder: Tier) -> Entry:
-        """Return the entry. If it is on disk and a memory tier has room, copy it there first."""
+        """Return the entry. If it is on disk and a memory tier has room, copy it into that tier and return the copy."""
         if isinstance(holder, DiskTier) and entry.data.numel() and entry.ready is None:
             for tier in self._tiers[: self._tiers.index(holder)]:
                 buffer = tier.reserve(entry.data.numel(), self.device, self._left)

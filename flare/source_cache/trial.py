@@ -22,8 +22,9 @@ _LARGEST = 64 << 20
 def seconds_to_read(tier: str, nbytes: int, device: torch.device, directory: Path | None) -> float:
     """Return the seconds to read an entry of ``nbytes`` bytes from a tier to the device: the median of three trials.
 
-    For the disk tier, the file is dropped from the page cache before each trial if the system allows it, and the time
-    includes computing the checksum. For an entry above 64 MiB, only 64 MiB are read, and the time is scaled up.
+    For the disk tier, a temporary file in ``directory`` is read. Before each trial it is dropped from the page cache,
+    if the system allows it, and the time includes computing the checksum. For an entry above 64 MiB, only 64 MiB are
+    read, and the time is scaled up.
     """
     size = max(8, min(nbytes, _LARGEST))
     target = torch.empty(size, dtype=torch.uint8, device=device)

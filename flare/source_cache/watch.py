@@ -1,8 +1,8 @@
-"""Detect changes of a base model after its fingerprint was computed. This is checked before every source pass.
+"""Detect changes of a base model after its fingerprint was computed. The check runs before every source pass.
 
 To be fast, the check uses flat lists that are made once, and functions that run in C. It compares the identity of every
-object on the path to a weight, and each weight's address, version and ``requires_grad``. If something differs,
-the modules are traversed again to see what changed.
+object on the path to a weight, each weight's address, version and ``requires_grad``, the merged adapters, the modules'
+plain attributes and the config. If something differs, the modules are traversed again to see what changed.
 """
 
 from __future__ import annotations

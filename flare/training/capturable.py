@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from .._compat import BaseTunerLayer, checkpoints_save_random_state, has_gradient_hooks, is_compiled, module_hooks
 from ..source.states import SourceStates
 
-#: Masks (B, m), 1 at tokens and 0 at padding. A mask of ones may be left out.
+#: Masks (rows, positions), 1 at tokens and 0 at padding. A mask of ones may be left out.
 MASKS = ("attention_mask", "source_attention_mask", "decoder_attention_mask")
 #: Packages whose hooks only launch kernels, which a replay launches too.
 _TENSOR_HOOKS = {"flare", "peft", "transformers", "accelerate", "torch"}
@@ -29,7 +29,7 @@ def warn_once(message: str, warned: set[str]) -> None:
 
 
 def unsupported_model(model: nn.Module) -> str | None:
-    """Return why no step of a model can be captured, or None."""
+    """Return why no step of a model can be captured, or None if nothing in the model prevents it."""
     modules = dict(model.named_modules())
     for module in modules.values():
         if isinstance(module, _WRAPPERS):

@@ -62,17 +62,19 @@ class FlareDataCollator:
         )
         batch["input_ids"].shape  # (2, 5), and so are source_input_ids and both masks
 
-    **Input.** A row has ``input_ids``, ``source_input_ids`` and labels: ``labels``, or ``start_positions`` and
-    ``end_positions``, or none. Optional columns: ``attention_mask``, ``token_type_ids``, ``source_attention_mask``,
-    ``source_token_type_ids``, ``source_labels``, ``source_decoder_input_ids``, and, for X-Mixup, the source's answer
-    span (``source_start_positions``, ``source_end_positions``). A missing mask means all ones. In FLARE MT, the variant
-    that reads the encoder states of a translation model, rows have ``source_states`` (length, latent_dim) from
-    flare.LatentEncoder in place of ``source_input_ids``.
+    **Input.** A row has ``input_ids`` and ``source_input_ids``. Its labels are ``labels``, or ``start_positions`` and
+    ``end_positions``; a row may have none. Optional columns: ``attention_mask``, ``token_type_ids``,
+    ``source_attention_mask``, ``source_token_type_ids``, ``source_labels``, ``source_decoder_input_ids``, and, for the
+    baseline X-Mixup (flare.baselines.x_mixup), the source's answer span (``source_start_positions``,
+    ``source_end_positions``). A missing mask means all ones. In FLARE MT, the variant that reads the encoder states of
+    a translation model, rows have ``source_states`` (length, latent_dim) from flare.LatentEncoder in place of
+    ``source_input_ids``.
 
-    **Output.** A BatchEncoding of int64 tensors: ``input_ids``, ``attention_mask``, ``source_input_ids`` and
-    ``source_attention_mask``, all (B, m). ``labels`` are (B), (B, m) or, for encoder-decoders, (B, u) together with
-    ``source_labels`` (B, u). FLARE MT: ``source_states`` (B, m, latent_dim), float32, in place of
-    ``source_input_ids``. Other numeric columns are stacked, and columns of strings are dropped.
+    **Output.** A BatchEncoding of tensors: ``input_ids``, ``attention_mask``, ``source_input_ids`` and
+    ``source_attention_mask``, all (B, m) int64. ``labels`` are (B) with one number per row, (B, k) with a vector of k
+    numbers per row, (B, m) with one label per token or, for encoder-decoders, (B, u) together with ``source_labels``
+    (B, u). FLARE MT: ``source_states`` (B, m, latent_dim), float32, in place of ``source_input_ids``. Other numeric
+    columns are stacked, and columns of strings are dropped.
 
     **Multiple choice.** ``input_ids``, ``source_input_ids``, their masks and token types are lists of n texts, and
     ``labels`` is the index of the correct text. Tensors are (B, n, m), ``labels`` (B). Every choice has its own source
@@ -94,17 +96,19 @@ class FlareDataCollator:
         padding: "longest" (or True) pads to the longest target or source text in the batch, "max_length" to max_length.
         max_length: the largest width of a batch. A longer row raises an error if ``truncation`` is False.
         pad_to_multiple_of: round the width up to a multiple of this number.
-        truncation: cut long texts at their end (a final special token is kept), and causal prompts at their start.
+        truncation: cut long texts at their end (a final special token is kept), and causal prompts at their start (a
+            first special token is kept).
         padding_side: "left" or "right"; default: the tokenizer's. Not used by causal rows.
-        layout: one of ``LAYOUTS``. "auto" looks at labels that are lists. A list as long as ``input_ids`` is "causal"
-            if its entries are -100 or the input ids, and otherwise "encoder" with one label per token. A list of
-            another length means "seq2seq". FlareTrainer sets the layout from the model. Without FlareTrainer, pass
-            "seq2seq" yourself, because the labels of an encoder-decoder can happen to be as long as its inputs.
+        layout: one of ``LAYOUTS``. "auto" looks at labels that are lists of integers. If one of them is not as long as
+            the row's ``input_ids``, the layout is "seq2seq". If all entries are -100 or the input id at the same
+            position, it is "causal". Otherwise, and without such lists, it is "encoder". FlareTrainer sets the layout
+            from the model. Without FlareTrainer, pass "seq2seq" yourself, because the labels of an encoder-decoder can
+            happen to be as long as its inputs.
         require_source: False accepts rows without ``source_input_ids`` and makes a batch without a source from them.
         label_pad_token_id: the value of padding in labels.
-        widths: three numbers of columns that every batch has at least: before the aligned index, from the aligned index
-            on, and in the decoder's sequences. The aligned index is where answers start, or where texts end if they are
-            padded on the left. :meth:`fitted` computes the numbers.
+        widths: three numbers of columns that every batch has at least, as far as max_length allows: before the aligned
+            index, from the aligned index on, and in the decoder's sequences. The aligned index is where answers start,
+            or where texts end if they are padded on the left. :meth:`fitted` computes the numbers.
         vocab_size: a token id at or above this number raises an error. FlareTrainer sets it to the model's number of
             embeddings.
         model: for layout "seq2seq": the model that makes ``decoder_input_ids`` from the labels, as in
@@ -264,7 +268,12 @@ class FlareDataCollator:
         return self._text(text, index, "source_", layout)
 
     def _fit(self, text: Text, row: dict[str, Any], index: int, prefix: str, layout: str) -> None:
-        """Truncate one text to max_length; raise ValueError if it is too long or its answer would be cut off."""
+        """Truncate one text to max_length.
+
+        Raises:
+            ValueError: the text is too long and ``truncation`` is False, its answer would be cut off, or an answer
+                position is not in the text.
+        """
         length, limit = len(text), self.max_length
         positions = SOURCE_POSITIONS if prefix else _POSITIONS
         for name in positions:

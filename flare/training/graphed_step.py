@@ -59,10 +59,11 @@ class GraphedStep:
     Accumulation, clipping, the optimizer and its schedule stay outside, and may set gradients to None. A step that
     cannot be captured runs eagerly, with one warning per reason.
 
-    A replay repeats what was captured. Every call therefore selects the graph by the shapes of the batch, by
-    whether target and source have padding, and by autocast's dtype. All graphs are dropped if one of these has changed:
-    training mode, the addresses of the model's tensors, the active adapters and their scalings, or hooks. Call
-    :meth:`reset` after any other change to what the step's Python code does, such as a dropout probability or a fusion.
+    A replay repeats what was captured. Every call therefore selects the graph by the names, shapes, dtypes and
+    constants of the batch, by whether target and source have padding, by autocast's dtype, and by ``variant``. All
+    graphs are dropped if one of these has changed: training mode, ``requires_grad``, the addresses of the model's
+    tensors, the adapters, the active adapters and their scalings, or hooks. Call :meth:`reset` after any other change
+    to what the step's Python code does, such as a dropout probability or a fusion.
 
     Masks of ones are left out of the batch, so that attention uses the same kernel as in eager steps. Pass batches on
     the host, because reading a mask on the device waits for the device.
@@ -115,7 +116,7 @@ class GraphedStep:
 
         Args:
             batch: the step's arguments: tensors on any device, hashable constants and a flare.SourceStates. Arguments
-                that are None are left out, and an integer ``num_items_in_batch`` becomes a tensor.
+                that are None are left out, and a number ``num_items_in_batch`` becomes a tensor.
             variant: anything else that the step's Python code depends on, such as the number of accumulated batches.
 
         Returns:

@@ -92,7 +92,8 @@ def stack_states(rows: Sequence[Mapping[str, Any]], ids: Tensor) -> Tensor:
     widths = {row["source_states"].shape[-1] for row in rows}
     if len(widths) > 1:
         raise ValueError(f"source_states have different widths: {sorted(widths)}; they must come from one MT encoder")
-    # A zero vector is appended to the states. The id NO_STATE gives the index -2 - NO_STATE = -1, which reads it.
+    # A zero vector is appended to the states of each row. The id NO_STATE gives the index -2 - NO_STATE = -1, which
+    # selects this zero vector.
     extended = [F.pad(row["source_states"], (0, 0, 0, 1)) for row in rows]
     return torch.stack([states[-2 - row_ids] for states, row_ids in zip(extended, ids, strict=True)])
 

@@ -66,16 +66,21 @@ class TranslateSettings:
         "auto",
         metavar="WHAT",
     )
-    max_length: int | None = option("int", "tokens per piece of text (default: the model's limit, at most 512)")
-    max_new_tokens: int | None = option("int", "tokens per translated piece (default: --max-length)")
-    batch_tokens: int = option("int", "tokens per batch, padding included (default: 2048)", 2048)
+    max_length: int | None = option(
+        "int",
+        "maximum tokens of a text; longer texts are split at sentence ends (default: the model's limit, at most 512)",
+    )
+    max_new_tokens: int | None = option(
+        "int", "maximum tokens of a translated text or part (default: the model's limit, at most 512)"
+    )
+    batch_tokens: int = option("int", "maximum tokens per batch, padding included (default: 2048)", 2048)
     batch_size: int | None = option("int", "maximum rows per batch (default: no limit)")
     beams: int = option("int", "beams of the beam search (default: 1, greedy decoding)", 1)
     dtype: str = option(
         "str", "float32, float16, bfloat16 (default: bfloat16 on a GPU that supports it, else float32)", "auto"
     )
     device: str | None = option("str", "cuda, cuda:1, cpu (default: the GPU if there is one)")
-    revision: str | None = option("str", "branch, tag or commit on the hub", metavar="NAME")
+    revision: str | None = option("str", "branch, tag or commit of the model on the hub", metavar="NAME")
     limit: int | None = option("int", "translate the first N rows of every split")
     threads: int | None = option("int", "CPU threads (default: PyTorch's choice)")
     progress: bool = option("bool", "show progress bars", True)

@@ -34,8 +34,8 @@ class Translated:
 
     Attributes:
         text: the translation.
-        source_cut: whether the piece was truncated to the model's limit.
-        unfinished: whether the translation reached its length limit.
+        source_cut: whether the piece was truncated to the translator's `max_length`.
+        unfinished: whether the translation was cut off at the translator's `max_new_tokens`.
     """
 
     text: str
@@ -53,10 +53,10 @@ class Translator:
         model: hub id or folder of any encoder-decoder, or a `TranslationModel`, which several translators can share.
         source_tag, target_tag: the tokenizer's language tags (NLLB ``eng_Latn``, mBART ``en_XX``, M2M100 ``en``); None
             for models without tags (Marian, T5).
-        device, dtype, revision: see `TranslationModel`; only used if the model is given by name.
-        prefix: text that is written before every text, for models that read an instruction there (T5, MADLAD, some
-            Marian models).
-        max_length: maximum tokens of a piece of text. Longer texts are split into sentences, and longer sentences are
+        device, dtype, revision: see `TranslationModel`; only used if `model` is a hub id or folder.
+        prefix: text that is written before every text, for models that expect an instruction before the text (T5,
+            MADLAD, some Marian models).
+        max_length: maximum tokens of a piece of text. Longer texts are split at sentence ends, and longer sentences are
             truncated. Default: the model's limit, at most 512.
         max_new_tokens: maximum tokens of a piece's translation. Default: the model's limit, at most 512.
         batch_tokens: maximum tokens of a batch, counted as the number of pieces times the tokens of the longest piece.

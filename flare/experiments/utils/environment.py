@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def environment(use_cpu: bool = False) -> dict[str, Any]:
-    """Return versions, commit and device of this process, for the files with results.
+    """Return what a result file records: versions, commit, device, processor, number of threads and platform.
 
     Args:
         use_cpu: whether the work runs on the CPU even if there is a GPU.
@@ -65,9 +65,9 @@ def now() -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that contains this package, with "-dirty" if its files were changed.
+    """Return the commit of the git checkout that contains this package, with "-dirty" if its files were changed.
 
-    Return None if this package is not in a checkout.
+    Return None if this package is not in a checkout, or if git fails.
 
     The environment variable FLARE_COMMIT takes precedence: it names the commit of files that were copied without git.
     """

@@ -18,7 +18,7 @@ _LONGEST = 600  # maximum number of characters of another library's message
 
 
 def reason(error: BaseException) -> str:
-    """Return the class and the text of another library's error in one line, cut only if it is very long."""
+    """Return the class and the text of another library's error in one line. The text is cut after 600 characters."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -36,7 +36,8 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
         advice: end of the message, which says what to do.
 
     Raises:
-        UserError: the library raised an exception. The message contains its class and its text.
+        UserError: the library raised an exception. The message contains the exception's class and text, except for two
+            known causes (code in the model's folder, weights of other shapes), which the message explains.
     """
     try:
         yield

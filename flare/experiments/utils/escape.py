@@ -21,11 +21,11 @@ _LATEX = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "→": r"$\rightarrow$",
-    # directly after a line break (\\), LaTeX would read these as an argument of the line break
+    # directly after a line break (\\), LaTeX would read "[" or "*" as an argument of the line break
     "[": "{[}",
     "*": "{*}",
 }
-# An underscore within a word has no meaning in Markdown.
+# An underscore within a word is not escaped, because it has no meaning in Markdown.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])")
 
 
@@ -52,7 +52,10 @@ def latex(text: str) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """Return a CSV cell; a text that a spreadsheet would read as a formula gets a leading apostrophe."""
+    """Return a value for a CSV cell: a text in one line, "" for None, and any other value unchanged.
+
+    A text that a spreadsheet would read as a formula gets a leading apostrophe.
+    """
     if not isinstance(value, str):
         return "" if value is None else value
     text = one_line(value)

@@ -1,4 +1,4 @@
-"""The packages of the extra `experiments` that the commands need."""
+"""Check that the packages that the commands need are installed (the extra `experiments`)."""
 
 from __future__ import annotations
 

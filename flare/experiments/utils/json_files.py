@@ -12,7 +12,8 @@ def parsed(text: str | bytes, object_of: Callable[[list[tuple[str, Any]]], Any] 
     """Parse a JSON text.
 
     Args:
-        object_of: converts the (key, value) pairs of an object; default: to a dict.
+        text: JSON, as text or as UTF-8 bytes.
+        object_of: function that makes the value of a JSON object from its (key, value) pairs. None: it becomes a dict.
 
     Raises:
         ValueError: the text is not JSON in UTF-8, or it is nested too deeply.

@@ -1,4 +1,4 @@
-"""Check names that become a folder or part of a file name: languages, runs, variants."""
+"""Check names of languages and runs, which become folders or parts of file names, and other texts of the user."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ def folder_name(name: str, what: str) -> str:
     """Return the name if it is a valid name of one folder.
 
     Args:
-        name: as given by the user or a run.json.
+        name: the name, as given by the user or read from a run.json.
         what: the option or field that holds the name, for the message.
 
     Raises:
-        UserError: the name is a path, hidden, empty, too long, or contains characters that some file systems reject.
+        UserError: the name is a path, empty or too long, starts with a dot, starts or ends with a space, or contains
+            characters that some file systems reject.
     """
     fault = _fault(name)
     if fault:

@@ -84,7 +84,8 @@ def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
 
     The processes exchange results after each round of one item per process. The results equal the results of a single
     process bit for bit if an item is a batch whose content does not depend on the number of processes. The models of
-    the processes must not communicate, so `work` must call the model inside the DDP wrapper and must not use FSDP.
+    the processes must not communicate, so `work` must call the unwrapped model, not its DDP wrapper, and must not use
+    FSDP.
 
     Args:
         items: the items, which must be the same in every process.
@@ -101,7 +102,10 @@ def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
 
 
 def prints_errors() -> bool:
-    """Return whether this process is the first of the run to end with an error. Only the first one prints its error."""
+    """Return whether this process is the first of the run to end with an error. Only the first one prints its error.
+
+    Return True too if the launcher's store, which counts the failed processes, cannot be reached.
+    """
     if process_count() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import TCPStore

@@ -89,7 +89,7 @@ def quiet_libraries_in_log_files() -> None:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as text: "42 s", "12 min 5 s", "3 h 20 min"."""
+    """Return seconds as text: "4.2 s", "42 s", "12 min 5 s", "3 h 20 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
