@@ -187,7 +187,7 @@ def test_macro_f1_equals_values_computed_by_hand():
     truth = torch.tensor([0, 0, 1, 1, 2, 2])
     assert macro_f1(truth, truth, 3) == 100
     assert math.isclose(macro_f1(torch.zeros(6, dtype=torch.long), truth, 3), 100 * 0.5 / 3)
-    # class 0: 2/3 (precision 1, recall 1/2), class 1: 4/5, class 2: 1
+    # F1 of class 0: 2/3 (precision 1, recall 1/2), of class 1: 4/5 (precision 2/3, recall 1), of class 2: 1
     assert math.isclose(macro_f1(torch.tensor([0, 1, 1, 1, 2, 2]), truth, 3), 100 * (2 / 3 + 4 / 5 + 1) / 3)
 
 
@@ -226,7 +226,7 @@ def test_rows_are_aligned_by_id_and_drops_are_counted(folder):
     assert [pair.id for pair in data.train] == ["7", "5", "3", "1", "0", "2", "4"]
     assert data.train[0] == ("7", "good, text 7\nsecond line", "vema 7", "good")
     assert data.labels == ("bad", "good")
-    assert len(data.finetune) == 8, "the base is fine-tuned on all source rows, also those without a target row"
+    assert len(data.finetune) == 8, "the base is fine-tuned on all source rows, even on the row without a target row"
     assert data.notes == [
         f"{split}: 1 rows of {one} dropped because no row of {two} has their id"
         for split in ("train", "test")
@@ -322,7 +322,7 @@ def test_demo_runs_with_the_users_model_and_data(folder, corpus, tmp_path, capsy
     assert run["languages"] == {"source": "english", "target": "vemari"} and len(run["notes"]) == 4
 
 
-def test_a_missing_model_is_an_error_of_the_option(folder, tmp_path, capsys):
+def test_error_for_a_missing_model_names_the_option(folder, tmp_path, capsys):
     arguments = [
         "--model",
         str(tmp_path / "nothing"),

@@ -26,7 +26,7 @@ from flare_kernels import dropout
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.device import FUSION_ID, dot, fuse, fuse_grad
 
-#: M, K, N, R
+#: Number of tokens M, input width K, output width N, rank R.
 SIZES = ((70, 130, 67, 5), (600, 700, 48, 16), (9, 40, 33, 64))
 KEEP_SCALE = dropout.keep_scale(0.3)
 
@@ -84,7 +84,7 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0, mask: Tensor | None = None
 
 
 def elementwise(T: Tensor, S: Tensor, fusion: str, dH: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (H, H), or (dT, dS) if there is a dH."""
+    """Return (H, H) with H = phi(S, T), or (dT, dS) if ``dH``, the gradient of H, is given."""
     T, S = T.contiguous(), S.contiguous()
     first, second = torch.empty_like(T), torch.empty_like(T)
     grid = (triton.cdiv(T.numel(), 64),)
@@ -147,7 +147,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the comparisons, print a line for each, and return 1 if one differs."""
+    """Run the comparisons and print a line for each. Return 0 if all agree, 1 if not, 2 if FpSan cannot run here."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--close", action="store_true", help="compare with tolerances, without FpSan")
     options = parser.parse_args(arguments)

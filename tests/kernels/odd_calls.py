@@ -19,7 +19,8 @@ from flare_kernels.triton_ops import primitives as triton_ops
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 MIXED = (BF16, F32)
-#: M, K, N, R, (dtype of T, dtype of A and B): partial tiles along each axis, axes of one element, several blocks of R.
+#: Number of tokens M, input width K, output width N, rank R, (dtype of activations, dtype of A and B). The sizes give
+#: partial tiles along each axis, axes of one element, and several blocks of R.
 CASES = [
     (70, 130, 67, 5, (F32, F32)),
     (33, 40, 129, 130, (F32, F32)),
@@ -35,9 +36,10 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 
 def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call every primitive, with and without dropout. Yield (its results, the results of plain PyTorch) of each call.
+    """Call every primitive, and yield (its results, the results of plain PyTorch) for each call.
 
-    ``place`` copies a tensor to the memory that a kernel reads or writes.
+    The primitives that take dropout masks are called with and without masks. ``place`` copies a tensor to the memory
+    that a kernel reads or writes.
     """
     M, K, N, R, (dtype, adapter) = case
     randn = random_in(place, device, dtype)
@@ -78,7 +80,7 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
 
 
 def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Return a function that makes random matrices in the memory of ``place``, by default of this dtype."""
+    """Return a function that makes random matrices, by default of dtype ``dtype``, and copies them with ``place``."""
 
     def randn(rows: int, cols: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return place((torch.randn(rows, cols, device=device) * scale).to(of))
