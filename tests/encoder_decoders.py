@@ -61,7 +61,10 @@ def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def states_of(model: Any, inputs: dict, offset: int) -> dict[str, list[torch.Tensor]]:
-    """Return the source states of every block of the encoder and the decoder, recorded by hooks in a frozen pass."""
+    """Return the source states of all blocks, by stack ("encoder", "decoder").
+
+    Hooks record them in a forward pass of the frozen model: before each block if ``offset`` is 0, otherwise after it.
+    """
     base, stack_states, handles = model.get_base_model(), {"encoder": [], "decoder": []}, []
     for name, states in stack_states.items():
         for block in getattr(base, name).block:

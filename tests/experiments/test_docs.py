@@ -1,7 +1,7 @@
-"""Tests of every code block in the documentation.
+"""Tests of the code blocks in the documentation.
 
-Python blocks are run, except on three pages that other tests cover. `flare` commands and YAML configurations are parsed
-into settings, but not run.
+Python blocks are run, except on three pages that other tests cover. Both sides of a diff are parsed as Python. `flare`
+commands and YAML configurations are parsed into settings, but not run.
 """
 
 from __future__ import annotations

@@ -144,8 +144,9 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
     """Run flare translate, train, predict and evaluate in one of two processes.
 
     Returns:
-        Under the name of each call of `run`: its exit status, standard output and standard error. "batches", "predicted"
-        and "read" are counts of calls, and "shards" holds counts of sharded weights (trained, frozen).
+        A dictionary. Under the name of each call of `run`, it has the exit status, standard output and standard error.
+        "batches", "predicted" and "read" are counts of calls, and "shards" are the numbers of sharded weights among
+        the trained and among the frozen weights.
     """
     world = str(two_processes.WORLD)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -1,4 +1,4 @@
-"""Tests of `flare report` over several tasks and models: averages, ranks, ablations, and activations by position."""
+"""Tests of `flare report` over several tasks and data sets: averages, ranks, ablations, and activations by position."""
 
 from __future__ import annotations
 
