@@ -51,7 +51,7 @@ def quantized(folder: Path, storage: torch.dtype) -> Any:
 
 
 def batch(family: str, index: int, latent: bool = False) -> dict[str, Tensor]:
-    """Return the batch of one rank and micro-step.
+    """Return a batch that is random with seed ``index``, which differs between ranks and micro-steps.
 
     All batches have the same number of labels, so that the mean of the batches' losses is the loss of their union.
     """

@@ -44,7 +44,7 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """Return one row, without the columns in which its target and its source are padding."""
+    """Return one row, without the columns in which both its target and its source are padding."""
     alone = {name: value[row : row + 1] for name, value in inputs.items()}
     used = (alone["attention_mask"] + alone["source_attention_mask"])[0] > 0
     return {name: value[:, used] for name, value in alone.items()}

@@ -191,7 +191,7 @@ def test_macro_f1_equals_values_computed_by_hand():
     assert math.isclose(macro_f1(torch.tensor([0, 1, 1, 1, 2, 2]), truth, 3), 100 * (2 / 3 + 4 / 5 + 1) / 3)
 
 
-def test_summary_is_mean_spread_and_median():
+def test_summary_has_the_mean_and_deviation_of_scores_and_the_median_time():
     rows = [{**ROW, "seed": seed, "macro_f1": score, "seconds_per_step": 0.01 * (seed + 1)}
             for seed, score in enumerate((80.0, 90.0, 100.0))]  # fmt: skip
     (line,) = report.summarize(rows)

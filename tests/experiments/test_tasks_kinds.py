@@ -305,7 +305,7 @@ def test_multi_label_and_regression_forms_make_rows_and_predictions():
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "multi-label", "regression"])
-def test_kinds_that_text_cannot_answer_need_a_model_with_a_head(kind):
+def test_kinds_that_generated_text_cannot_answer_need_a_head(kind):
     with pytest.raises(
         UserError, match=rf"task {kind} \({kind}\) needs a model with a head.*--form encoder \(AutoModelFor"
     ):

@@ -224,7 +224,7 @@ def test_columns_of_a_pair_of_texts_are_read_in_both_languages(tmp_path):
         read_split(get_task("xnli"), ParallelColumns(tmp_path, "english", None, ("p_sw",)), "swahili", "test")
 
 
-def test_errors_of_parallel_columns(tmp_path):
+def test_errors_of_parallel_columns_name_the_reason(tmp_path):
     path = write_as(tmp_path, BOTH, "csv", name="all")
     data = ParallelColumns(path, "english", ("en",), ("{language}",))
     for message, task, place, language in (

@@ -1,4 +1,6 @@
-"""A few calls of every kernel with odd sizes, for the bounds checker (bounds.py) and for compute-sanitizer on a GPU.
+"""Calls of every primitive with odd sizes, for the bounds checker (bounds.py) and for compute-sanitizer on a GPU.
+
+The primitives are the functions of flare_kernels/triton_ops/primitives.py.
 
 python tests/kernels/odd_calls.py     # on a CUDA device or in the interpreter; prints the number of launches by kernel
 """
@@ -115,7 +117,7 @@ def require_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dty
 
 
 def main() -> int:
-    """Run all calls, compare the results, and return 0."""
+    """Run the calls of this module and of odd_forms, compare the results, and return 0."""
     import odd_forms  # imported here, because odd_forms imports this module
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
