@@ -45,7 +45,10 @@ def folder_from_environment(variable: str, what: str) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch):
-    """Return a counter of the calls of adapter layers and of sites (tests/site_models.py) during a test."""
+    """Return a counter of the calls of adapter layers and of sites during a test.
+
+    tests/site_models.py explains sites and the counter.
+    """
     from site_models import counted_calls
 
     return counted_calls(monkeypatch)
@@ -53,7 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def goldens() -> Path:
-    """Return the folder of the authors' golden numbers, which is not part of the repository."""
+    """Return the folder of the full set of golden numbers (tests/goldens/README.md), which is not in the repository."""
     return folder_from_environment("FLARE_GOLDENS", "the full set of golden numbers")
 
 

@@ -27,7 +27,7 @@ LR = 0.05
 
 
 def fused(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
-    """Return a tiny fusing model. Its rank 5 is odd, so that the two processes' shards of A differ in size."""
+    """Return a tiny fusing model. Its default rank 5 is odd, so that the processes' shards of A differ in size."""
     changes = {"dropout_rate": 0.0} if family == "mt5" else {}
     nf4 = overrides.pop("nf4", None)
     base = tiny.model(family, dtype=dtype, **changes) if nf4 is None else quantized(*nf4)
@@ -51,7 +51,7 @@ def quantized(folder: Path, storage: torch.dtype) -> Any:
 
 
 def batch(family: str, index: int, latent: bool = False) -> dict[str, Tensor]:
-    """Return the batch of one rank and micro-step.
+    """Return a batch that is random with seed ``index``, which differs between ranks and micro-steps.
 
     All batches have the same number of labels, so that the mean of the batches' losses is the loss of their union.
     """
@@ -70,9 +70,10 @@ def shard(model: Any, layout: str = "blocks", **options: Any) -> None:
 
     Args:
         model: the fusing model.
-        layout: words that change the sharding. "accelerate": accelerate's fsdp2_prepare_model shards the model
-            (accelerate itself does not call it on a CPU). "replicated": the adapters are not sharded.
-        options: options of fully_shard, or of accelerate's plugin.
+        layout: if it contains "accelerate", accelerate's fsdp2_prepare_model shards the model instead of fully_shard
+            (accelerate does not call this function on a CPU). If it contains "replicated", the adapters are not
+            sharded.
+        options: options of fully_shard, or of accelerate's plugin if accelerate shards the model.
     """
     if "replicated" in layout:
         ignored = flare.replicate_adapters(model)
@@ -112,18 +113,18 @@ def train(
     options: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> list[dict[str, Tensor]]:
-    """Run some steps of gradient descent, and return the gradients of each step by the parameter's name.
+    """Run some steps of gradient descent, and return for each step a dictionary from parameter names to gradients.
 
     Args:
         rank: the rank whose batches are used. None: the batches of all ranks, in this one process.
         engine: "ddp", "fsdp2" or "none".
-        family: family of tests/tiny.py.
+        family: name of a model family in tests/tiny.py.
         accumulate: number of micro-batches in a step. The engine synchronises gradients in the last one.
         steps: number of steps.
         reentrant: use_reentrant of gradient checkpointing; None: no checkpointing.
         between: whether to evaluate before each step, and to run all forward passes of a step before its backward pass.
         latent: whether the model is a FLARE MT model, which reads latent states.
-        options: options of the engine.
+        options: options of DistributedDataParallel ("ddp") or of `shard` ("fsdp2").
         **overrides: fields of FlareConfig.
     """
     model: Any = fused(family, **({"latent_dim": D} if latent else {}), **overrides)
@@ -171,7 +172,7 @@ def train(
 
 
 def check(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], name: str, rtol: float = 1e-9) -> None:
-    """Assert that every gradient of every step is equal, by default up to the rounding of float64."""
+    """Assert that the actual and expected gradients of all steps are equal, by default up to rounding in float64."""
     for step, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         for parameter, grad in theirs.items():

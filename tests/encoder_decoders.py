@@ -17,7 +17,7 @@ START = 0
 
 
 def mt5(**changes: Any) -> Any:
-    """Return a random mT5 without dropout. A head tied to the embeddings would repeat the input, so it is not tied."""
+    """Return a random mT5 without dropout. Its head is not tied, because a tied head would repeat the input."""
     model = tiny.model("mt5", dropout_rate=0.0, tie_word_embeddings=False, **changes)
     model.lm_head.weight = nn.Parameter(torch.randn(model.lm_head.weight.shape) / 6)
     return model
@@ -61,7 +61,10 @@ def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def states_of(model: Any, inputs: dict, offset: int) -> dict[str, list[torch.Tensor]]:
-    """Return x_S of every block of both stacks from a pass of the frozen model with plain hooks."""
+    """Return the source states of all blocks, by stack ("encoder", "decoder").
+
+    Hooks record them in a forward pass of the frozen model: before each block if ``offset`` is 0, otherwise after it.
+    """
     base, stack_states, handles = model.get_base_model(), {"encoder": [], "decoder": []}, []
     for name, states in stack_states.items():
         for block in getattr(base, name).block:
@@ -123,7 +126,7 @@ def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[t
 def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: torch.Tensor | None = None) -> Any:
     """Return the frozen decoder's greedy text for the source, without its last token.
 
-    A text that ends early is padded with token 1, as if it had ``new`` tokens after the prompt.
+    Before the last token is removed, a text that ends early is padded with token 1 to ``new`` tokens after its prompt.
     """
     with model.disable_adapter():
         text = model.generate(
@@ -141,6 +144,6 @@ def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: tor
 
 
 def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, source_text: torch.Tensor | None) -> torch.Tensor:
-    """Return the logits of one forward pass without a KV cache."""
+    """Return the logits of one forward pass over the sequences, without a KV cache."""
     source = {} if source_text is None else {"source_decoder_input_ids": source_text}
     return model(**inputs, decoder_input_ids=sequences[:, :-1], **source, use_cache=False).logits

@@ -16,7 +16,10 @@ ROWS = {"train": (0, 48), "valid": (48, 64), "test": (64, 84)}
 
 
 def write_data(folder: Path, valid: bool = True, rows: dict[str, tuple[int, int]] = ROWS) -> Path:
-    """Write a CSV file per split: the same rows in folder/english and folder/vemari (the demo's made-up language)."""
+    """Write the demo's corpus as one CSV file per split, with the same rows in folder/english and folder/vemari.
+
+    Vemari is the demo's made-up language. `rows` holds the first row of each split and the row after its last.
+    """
     pairs = make_corpus(train=90).train
     for language, text in (("english", "source"), ("vemari", "target")):
         (folder / language).mkdir(parents=True)
@@ -59,7 +62,7 @@ def write_llama(folder: Path) -> Path:
 
 
 def write_t5(folder: Path) -> Path:
-    """Save a tiny random T5."""
+    """Save a tiny random mT5."""
     tokenizer = _tokenizer_with_end_token()
     torch.manual_seed(0)
     config = transformers.MT5Config(

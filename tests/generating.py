@@ -23,7 +23,10 @@ def fused(family: str = "llama", *, base: dict | None = None, **overrides: Any) 
 
 
 def prompts(B: int = 3, m: int = 7, seed: int = 5, *, pads: bool = True) -> dict[str, torch.Tensor]:
-    """Return left-padded prompts; the source is longer than the target in some rows, and shorter in others."""
+    """Return prompts for the target and the source, B rows of m columns each.
+
+    If ``pads``, most rows are left-padded, and the source is shorter than the target in some rows and longer in others.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for prefix, shift in (("", 0), ("source_", 2)):
@@ -41,14 +44,17 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """Return one row, without the columns in which its target and its source are padding."""
+    """Return one row, without the columns in which both its target and its source are padding."""
     alone = {name: value[row : row + 1] for name, value in inputs.items()}
     used = (alone["attention_mask"] + alone["source_attention_mask"])[0] > 0
     return {name: value[:, used] for name, value in alone.items()}
 
 
 def source_text(model: Any, inputs: dict[str, torch.Tensor], new: int, ends: list[int]) -> torch.Tensor:
-    """Return the frozen model's greedy continuation of the source, with its prompt, from transformers' generate."""
+    """Return the source prompts with the frozen model's greedy continuation, from transformers' generate.
+
+    Continuations are padded with token 1 to ``new`` tokens.
+    """
     with model.disable_adapter():
         text = model.generate(
             input_ids=inputs["source_input_ids"],
@@ -101,7 +107,10 @@ def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[t
 
 
 def ends_of(model: Any, inputs: dict, new: int) -> list[int]:
-    """Return end tokens with which the source of row 0 ends early, row 1's source later, and row 2's source never."""
+    """Return two end tokens that end the sources of rows 0 and 1 and do not occur in the source of row 2.
+
+    Row 0 ends at new token 1 and row 1 at new token 3, counted from 0.
+    """
     text = source_text(model, inputs, new, [])[:, inputs["input_ids"].shape[1] :]
     ends = [int(text[0, 1]), int(text[1, 3])]
     stops = [[j for j in range(new) if row[j] in ends] for row in text.tolist()]

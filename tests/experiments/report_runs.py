@@ -38,11 +38,12 @@ def make_run(
         method: adapter method, "finetune" or "zero-shot".
         seed: seed of the run.
         score: macro F1 on the test rows, in percent, or None for a run without test scores.
-        variant: name of the run's folder; None means the method.
+        variant: the method with its options, such as "flare-r8", or a name that a user gave; None: the method.
         status: status in run.json.
         task: name of the task.
         settings: settings in run.json.
-        setting: evaluation setting of the score; None means the usual setting of the method.
+        setting: the evaluation that gave the score, a key of `Metrics.test`. None: "source-language" for a fine-tuned
+            base, "zero-shot" for zero-shot, and "translate-train" for all other methods.
         measured: further fields of `Metrics`.
         record: further fields of `RunRecord`.
 
@@ -82,7 +83,7 @@ def group_of(root: Path):
 
 
 def is_drawn(path: Path) -> bool:
-    """Return whether an image has a reasonable size and many pixels that are not background."""
+    """Return whether an image has more than 300 pixels per side, and more than 1 % of its pixels are not white."""
     from matplotlib.image import imread
 
     pixels = imread(path)[..., :3]

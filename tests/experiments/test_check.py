@@ -1,4 +1,4 @@
-"""Tests of `flare check`: it predicts the steps, memory and base score of a training, and does not change any run."""
+"""Tests of `flare check`: it predicts steps and memory of `flare train`, scores the base, and changes no run."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def test_reported_lengths_and_vocabulary_match_the_tokenizer(place, tmp_path, ca
 
 
 def test_each_problem_in_the_data_is_warned_about(place, tmp_path, capsys):
-    """The data have unpaired rows, equal texts in both languages, repeated texts, rare labels and unknown words."""
+    """The data have unpaired rows, equal texts in both languages, and test texts that are also training texts.
+
+    They also have a label that no training row has, words that the tokenizer does not know, and too much padding.
+    """
     for language in ("english", "vemari"):
         for split, (start, end) in {"train": (0, 14), "test": (9, 21)}.items():
             rows = [(i, f"the same {i}", "bad" if i == 20 else "good") for i in range(start, end)]
@@ -113,7 +116,7 @@ def test_each_problem_in_the_data_is_warned_about(place, tmp_path, capsys):
         assert line in shown, shown
 
 
-def test_check_reports_what_it_cannot_measure(place, tmp_path, capsys):
+def test_check_explains_models_that_are_missing_or_named_twice(place, tmp_path, capsys):
     words = ("--data", place / "data", "--output", tmp_path, "--target", "vemari", *COMMON)
     assert flare("check", *words) == 2
     assert "To check without a base, name the pretrained model with --model" in capsys.readouterr().err

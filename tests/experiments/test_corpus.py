@@ -64,7 +64,7 @@ def test_no_sentence_is_in_two_parts(corpus):
     assert not set(targets) & set(corpus.pretrain_target)
 
 
-def test_test_sentences_do_not_depend_on_the_sizes_of_other_parts(corpus):
+def test_the_test_part_does_not_depend_on_the_sizes_of_other_parts(corpus):
     assert make_corpus(train=30, finetune=0, pretrain=10).test == corpus.test
 
 

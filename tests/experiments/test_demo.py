@@ -54,7 +54,7 @@ def test_results_are_a_list_of_rows(demo):
         assert row["fusion"] == ("add_relu" if row["method"] == "flare" else None)
 
 
-def test_saved_bytes_are_deterministic_and_in_the_expected_order(demo):
+def test_flare_saves_more_bytes_than_lora_and_fewer_than_input_fusion(demo):
     rows = json.loads((demo[0] / "results.json").read_text())
     saved = {(row["method"], row["source"]): row["saved_bytes"] for row in rows}
     assert saved["flare", "gold"] == saved["flare", "noisy"], "both sources have equal shapes"
@@ -187,11 +187,11 @@ def test_macro_f1_equals_values_computed_by_hand():
     truth = torch.tensor([0, 0, 1, 1, 2, 2])
     assert macro_f1(truth, truth, 3) == 100
     assert math.isclose(macro_f1(torch.zeros(6, dtype=torch.long), truth, 3), 100 * 0.5 / 3)
-    # class 0: 2/3 (precision 1, recall 1/2), class 1: 4/5, class 2: 1
+    # F1 of class 0: 2/3 (precision 1, recall 1/2), of class 1: 4/5 (precision 2/3, recall 1), of class 2: 1
     assert math.isclose(macro_f1(torch.tensor([0, 1, 1, 1, 2, 2]), truth, 3), 100 * (2 / 3 + 4 / 5 + 1) / 3)
 
 
-def test_summary_is_mean_spread_and_median():
+def test_summary_has_the_mean_and_deviation_of_scores_and_the_median_time():
     rows = [{**ROW, "seed": seed, "macro_f1": score, "seconds_per_step": 0.01 * (seed + 1)}
             for seed, score in enumerate((80.0, 90.0, 100.0))]  # fmt: skip
     (line,) = report.summarize(rows)
@@ -226,7 +226,7 @@ def test_rows_are_aligned_by_id_and_drops_are_counted(folder):
     assert [pair.id for pair in data.train] == ["7", "5", "3", "1", "0", "2", "4"]
     assert data.train[0] == ("7", "good, text 7\nsecond line", "vema 7", "good")
     assert data.labels == ("bad", "good")
-    assert len(data.finetune) == 8, "the base is fine-tuned on all source rows, also those without a target row"
+    assert len(data.finetune) == 8, "the base is fine-tuned on all source rows, even on the row without a target row"
     assert data.notes == [
         f"{split}: 1 rows of {one} dropped because no row of {two} has their id"
         for split in ("train", "test")
@@ -322,7 +322,7 @@ def test_demo_runs_with_the_users_model_and_data(folder, corpus, tmp_path, capsy
     assert run["languages"] == {"source": "english", "target": "vemari"} and len(run["notes"]) == 4
 
 
-def test_a_missing_model_is_an_error_of_the_option(folder, tmp_path, capsys):
+def test_error_for_a_missing_model_names_the_option(folder, tmp_path, capsys):
     arguments = [
         "--model",
         str(tmp_path / "nothing"),

@@ -1,6 +1,7 @@
-"""Tests of every code block in the documentation.
+"""Tests of the code blocks in the documentation.
 
-Python blocks are run. Commands and YAML configurations are parsed into settings, but not run.
+Python blocks are run, except on three pages that other tests cover. Both sides of a diff are parsed as Python. `flare`
+commands and YAML configurations are parsed into settings, but not run.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def pages_with(language: str) -> list[Path]:
     return [page for page in PAGES if blocks(page, language)]
 
 
-def test_every_block_has_a_language_that_is_tested_here() -> None:
+def test_every_block_has_a_known_language() -> None:
     kinds = {kind for page in PAGES for kind, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
     assert kinds == {"python", "bash", "yaml", "diff", "bibtex", ""}
 
@@ -252,7 +253,10 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list to which each called command appends its settings. The commands do not run."""
+    """Return a list to which each command, instead of running, appends its settings.
+
+    `flare report` appends its folders.
+    """
     seen: list[Any] = []
     for name in ("runs.train.run_train", "runs.finetune.run_finetune", "runs.evaluate.run_evaluate"):
         monkeypatch.setattr(f"flare.experiments.{name}", lambda settings, print_fn: seen.append(settings))

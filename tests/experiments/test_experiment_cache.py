@@ -1,4 +1,4 @@
-"""Tests of `flare train --source-cache`: it does not change scores, its size is predicted, and it can be off."""
+"""Tests of `flare train --source-cache`: scores do not change, the size is predicted, and "auto" can turn it off."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_scores_are_equal_with_and_without_the_cache(place, capsys):
     cached, uncached = train(place, "auto", "--epochs", 3), train(place, "off", "--epochs", 3, "--source-cache", "off")
     facts, metrics = read_record(cached).data["source_cache"], read_metrics(cached)
     assert facts["on"] and facts["mode"] == "auto" and facts["rows"] == 32
-    # hits: all 24 training and 8 validation rows in epochs 2 and 3, then the 8 validation rows with the best weights
+    # hits: all 24 training and 8 validation rows in epochs 2 and 3, then the 8 validation rows for the best weights
     assert metrics.source_cache["hits"] == 2 * 32 + 8 and metrics.source_cache["rows"] == 3 * 32 + 8
     assert read_record(uncached).data["source_cache"] == {"mode": "off", "on": False}
     assert read_metrics(uncached).source_cache is None

@@ -1,6 +1,7 @@
-"""Tests with damaged files, which are never scored.
+"""Tests with damaged adapters, bases and checkpoints.
 
-A damaged adapter or base is an error. Training resumes from an older checkpoint if the newest one is damaged.
+A damaged adapter or base is an error and gets no score. If the newest checkpoint is damaged, training resumes from an
+older one.
 """
 
 from __future__ import annotations

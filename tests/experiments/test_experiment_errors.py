@@ -1,4 +1,7 @@
-"""User errors with finetune, train and evaluate get a clear message and change no files."""
+"""Tests of errors that a user can make with flare finetune, train and evaluate, and of options in YAML files.
+
+An error gives a clear message and does not change the files of earlier runs.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ def test_a_folder_of_another_run_is_refused_and_unchanged(train, runs):
     assert files(runs) == before
 
 
-def test_a_run_that_never_started_does_not_block_the_folder(train, runs, place, tmp_path):
+def test_a_run_without_a_checkpoint_does_not_block_its_folder(train, runs, place, tmp_path):
     broken, folder = tmp_path / "broken", runs / "vemari" / "lora-r4" / "seed-0"
     shutil.copytree(place / "data", broken)
     (broken / "vemari" / "train.csv").write_text("id,text\n1,a\n")
@@ -299,7 +302,7 @@ def test_one_failed_evaluation_does_not_stop_the_others(place, train, runs, tmp_
     assert done >= {"zero-shot", "lora-r4"} and "translate-test" not in done
 
 
-def test_missing_and_unknown_options_of_commands_are_named(capsys):
+def test_missing_conflicting_and_unknown_options_are_named(capsys):
     for words, expected in (
         (("finetune", "--model", "m"), "--task is missing"),
         (("finetune", *TASK), "--model is missing"),

@@ -1,4 +1,8 @@
-"""Tests of flare finetune, train, evaluate and predict with each model family, on questions, and with X-Mixup."""
+"""Tests of flare finetune, train, evaluate and predict with each model family, on classification and questions.
+
+The form of a task (`--form`) is how the model answers: with a head ("encoder"), or with generated text ("causal" for
+decoders, "seq2seq" for encoder-decoders).
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ def test_every_model_family_and_task_is_trained_and_scored(place, tmp_path, mode
             lines = [json.loads(line) for line in first[run.folder].splitlines()]
             assert [line["id"] for line in lines] and len(lines) == 8
     assert len(first) == len(methods)
-    # a reloaded adapter makes the same predictions as after training
+    # an adapter that is loaded again makes the predictions that it made after training
     assert flare("evaluate", "--output", tmp_path / "runs", "--no-resume", "--no-progress") == 0
     assert {folder: (folder / "predictions-test.jsonl").read_text() for folder in first} == first
     # flare predict also makes these predictions, from texts without labels
@@ -114,7 +118,7 @@ def test_missing_backbone_weights_are_initialised_once(place, tmp_path):
     assert [note for note in notes if "no weights for bert.pooler.dense: they are initialised from the seed" in note]
 
 
-def test_full_fine_tuning_changes_every_weight(place, tmp_path):
+def test_full_fine_tuning_uses_no_adapter(place, tmp_path):
     words = (
         "--task",
         "classification",
@@ -154,7 +158,7 @@ def test_settings_that_need_a_gpu_are_turned_off_without_one(place, monkeypatch)
 
 
 def test_decoders_can_be_padded_to_the_full_length(place, tmp_path):
-    """The paper pads every text to the full length. Here --padding max_length does this; --paper sets it."""
+    """The paper pads every text to the full length. --padding max_length does this, and --paper sets this option."""
     words = ("--task", "classification", "--data", place / "data", "--output", tmp_path, "--max-length", 40, *QUICK)
     words += ("--padding", "max_length")
     assert flare("finetune", "--model", place / "llama", *words) == 0

@@ -1,4 +1,7 @@
-"""Tests of token classification, multiple choice, multi-label classification and regression in all commands."""
+"""Tests of token classification, multiple choice, multi-label classification and regression.
+
+Each of these kinds of task is run through flare finetune, train, evaluate and report.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the rows and data on which scores are computed, and of runs that get no score."""
+"""Tests of which rows are scored, of runs that get no score, and of data that change after a run."""
 
 from __future__ import annotations
 
@@ -73,8 +73,11 @@ def train(place: Path, runs: Path, *more: object) -> int:
 # --- translate-test of questions --------------------------------------------------------------------------------------
 
 
-def test_translate_test_compares_only_with_answers_in_the_source_language(place, tmp_path, capsys):
-    """Translation can lose the marks around an answer. Such rows are not scored, and a note counts them."""
+def test_translate_test_scores_only_questions_with_an_answer_in_the_source_language(place, tmp_path, capsys):
+    """A question whose answer was lost in translation is not scored, and a note counts such questions.
+
+    `flare translate` puts marks around each answer, and the answer is lost if the translation loses its marks.
+    """
     shutil.copytree(place / "qa-runs", tmp_path / "runs")
     write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=(2, 5))
     words = ("evaluate", "--output", tmp_path / "runs", "--target", "vemari", "--setting", "translate-test")
@@ -107,7 +110,7 @@ def test_a_training_that_diverges_is_an_error_without_a_score(place, runs, capsy
     assert not list((runs / "vemari").rglob("metrics.json"))
 
 
-def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs, capsys):
+def test_nan_weights_are_an_error_in_evaluate_and_get_no_score_in_the_report(place, runs, capsys):
     assert train(place, runs, "--method", "lora", "flare", "--save_strategy", "epoch") == 0
     folder = runs / "vemari" / "flare-r4" / "seed-0"
     path = folder / "adapter" / "adapter_model.safetensors"
@@ -120,14 +123,14 @@ def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs,
     collected = collect([runs])
     assert [entry.label for entry in collected.groups[0].entries] == ["lora-r4"]
     assert any("diverged" in line and str(folder) in line for line in collected.unfinished)
-    # a run of an older version may have a score, and only its log shows that it diverged
+    # a diverged run made by an older version of flare may have a score; then only its log shows that it diverged
     log = runs / "vemari" / "lora-r4" / "seed-0" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 2, "loss": 0.0, "grad_norm": NaN}\n')
     with pytest.raises(ReportError, match="diverged, its gradient is not finite"):
         collect([runs])
 
 
-def test_a_generation_from_nan_is_an_error():
+def test_generating_from_nan_logits_is_an_error():
     scores = torch.tensor([[0.0, -torch.inf], [1.0, torch.nan]])
     with pytest.raises(DivergedError, match=r"logits of 1 rows are NaN or infinite \(id b\)"):
         CheckLogits(["a", "b"])(torch.zeros(2, 1), scores)

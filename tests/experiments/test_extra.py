@@ -1,4 +1,4 @@
-"""Tests without the extra `experiments`: training and prediction work, and other commands say what to install."""
+"""Tests without the extra `experiments`: FlareTrainer and FlarePipeline work, and commands say what to install."""
 
 from __future__ import annotations
 

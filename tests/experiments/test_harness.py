@@ -129,7 +129,10 @@ def answers(samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
 
 
 def by_hand(base: Path, fusing: Path, text: str, english: str, label: str) -> tuple[float, bool]:
-    """Return the log-likelihood of a label after its prompt, from one row padded by hand."""
+    """Return the log-likelihood of a label after its prompt, and whether the label is the greedy choice.
+
+    The model reads one row, which is padded here instead of in the package.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(fusing)).eval()
     prompts = [tokenizer(f"Text: {one}\nSentiment:")["input_ids"] for one in (text, english)]
@@ -148,7 +151,7 @@ def by_hand(base: Path, fusing: Path, text: str, english: str, label: str) -> tu
 
 
 def same(left: list[list[tuple[float, bool]]], right: list[list[tuple[float, bool]]]) -> bool:
-    """Return whether log-likelihoods are close, and whether the greedy choices are equal."""
+    """Return whether all log-likelihoods are close and all flags (is the label the greedy choice?) are equal."""
     return all(
         math.isclose(a, b, rel_tol=1e-5) and greedy == other
         for one, two in zip(left, right, strict=True)
@@ -165,7 +168,7 @@ def test_log_likelihoods_equal_those_computed_with_the_model(base, fusing, tasks
     assert same(answers(samples), expected)
     best = [max(range(3), key=lambda k: one[k][0]) for one in expected]
     assert metrics["acc,none"] == sum(choice == i % 3 for i, choice in enumerate(best)) / len(TARGET)
-    # the sources of a file are matched by id; with or without a template, the source prompts are the same
+    # sources from a file are matched by id; the source prompts are equal with and without a template for them
     for options in ({}, {"doc_to_source": "Text: {{text}}\nSentiment:", "source_columns": "text"}):
         file = str(tasks / "english.jsonl")
         _, others = evaluated(

@@ -1,6 +1,6 @@
-"""Tests that hostile input on the command line gives a message without a traceback.
+"""Tests that damaged or unusual input files and options give a message without a traceback.
 
-Messages may name only flags that exist.
+The last tests check that messages name only flags that exist.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ CASES = {
     "too many threads": (write("x", ""), f"{DEMO} --threads 9999999", "--threads must be from 1 to 1024"),
     "a prefix of half a character": (write("x", ""), f"{TRANSLATE} --prefix \udcff", "--prefix .*lone surrogate"),
     "a mistyped path": (write("x", ""), FINETUNE.replace("{0}/bert", "models/xlmr/base"), "no such folder"),
-    "a column name that the demo cannot be told": (
+    "a column name for which the demo has no option": (
         write(_TRAIN, "id,sentence,label\n1,a,x\n"),
         DEMO,
         "the demo does not have",
@@ -231,7 +231,7 @@ def _flags() -> dict[str, set[str]]:
 
 
 def _texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the string constants of a module except docstrings, with {} for formatted values."""
+    """Yield line number and text of each string constant except docstrings, with {} in place of formatted values."""
     tree = ast.parse(path.read_text())
     bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
     skipped = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
@@ -244,9 +244,9 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_messages_name_existing_flags():
-    """A flag after `flare COMMAND` must be a flag of that command.
+    """A flag after `flare COMMAND` must be a flag of that command, or in runs/ of any command that uses the module.
 
-    Any other flag must belong to one of the commands that use the module.
+    All other flags must be flags of a command that uses the module.
     """
     flags = _flags()
     every = set().union(*flags.values())

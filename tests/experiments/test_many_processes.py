@@ -1,6 +1,6 @@
 """Tests of the commands on two processes, as `accelerate launch` starts them.
 
-Files and scores equal those of one process, the processes share the work, and an error of one process stops both.
+Two processes share the work and give the files and scores that one process gives. An error of one process stops both.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def root(tmp_path_factory) -> Path:
     """Return a folder with texts, a translator, data, a base without dropout, and results of one process.
 
     Finished results are in one/ (runs), one-mt/ (translations) and one.jsonl (predictions). Unfinished results are in
-    resumed/, stopped-by-one/ and stopped.jsonl.partial.
+    resumed/ (runs), stopped-by-one/ (translations) and stopped.jsonl.partial (predictions). two/ and sharded/ hold only
+    the base.
     """
     root = tmp_path_factory.mktemp("processes")
     tiny_mt.save_nllb(root / "nllb")
@@ -140,7 +141,13 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
 
 
 def on_two(rank: int, root: Path) -> dict[str, Any]:
-    """Run all commands in one of two processes; return, by name, their exit status and output, and counts of calls."""
+    """Run flare translate, train, predict and evaluate in one of two processes.
+
+    Returns:
+        A dictionary. Under the name of each call of `run`, it has the exit status, standard output and standard error.
+        "batches", "predicted" and "read" are counts of calls, and "shards" are the numbers of sharded weights among
+        the trained and among the frozen weights.
+    """
     world = str(two_processes.WORLD)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     results: dict[str, Any] = {}
@@ -226,7 +233,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_training_steps_equal_those_of_one_process(root, two) -> None:
-    """Two processes resume one of the trainings, and another uses FSDP2, which shards the base but not the adapters."""
+    """Two processes train three times: from the start, resuming a training of one process, and with FSDP2.
+
+    FSDP2 shards the base but not the adapters.
+    """
     assert [one["shards"][0] for one in two] == [0, 0] and min(one["shards"][1] for one in two) > 20
     expected = weights(root / "one")
     for name in ("two", "resumed", "sharded"):
@@ -305,9 +315,9 @@ sys.exit(status or main([*sys.argv[1:], "--splits", "valid"]))
 
 
 def test_a_process_that_fails_ends_the_others(root, tmp_path) -> None:
-    """Under accelerate launch, the first split is translated, and the second fails in one process.
+    """Under accelerate launch, both processes translate the first split, and one process fails in the second split.
 
-    One error is printed, and no process waits for another.
+    One error is printed, and the other process ends instead of waiting.
     """
     shutil.copy(root / "texts" / "english" / "train.csv", root / "texts" / "english" / "valid.csv")
     script = tmp_path / "failing.py"

@@ -89,8 +89,8 @@ def test_growing_a_tensor_is_counted():
 def test_peak_includes_the_backward_pass():
     weight = torch.ones(256, requires_grad=True)
     with peak_bytes(live=[weight]) as peak:
-        # While the gradient of exp is computed, these are live: the weight, the output of exp, the gradient of that
-        # output (4 bytes, expanded), and the result.
+        # While the backward of exp runs, these tensors are live: the weight, the output of exp, the gradient of that
+        # output (one number of 4 bytes, expanded), and the gradient of the weight.
         loss = weight.exp().sum()
         loss.backward()
     assert weight.grad is not None

@@ -112,7 +112,7 @@ def test_a_truncated_adapter_file_is_refused(place, tmp_path, capsys):
         assert "the adapter cannot be used" in capsys.readouterr().err
 
 
-def test_the_hub_is_queried_only_once(monkeypatch, tmp_path):
+def test_the_hub_is_queried_once_for_a_hub_id_and_never_for_a_path(monkeypatch, tmp_path):
     queried = []
 
     def load_dataset(*args, **options):
@@ -131,7 +131,7 @@ def test_the_hub_is_queried_only_once(monkeypatch, tmp_path):
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    """The message of transformers starts with an empty line; the package's name comes after it."""
+    """The message of transformers starts with an empty line and names the package in the next line."""
     import transformers
 
     message = (

@@ -1,4 +1,4 @@
-"""Tests of model names: a name that is neither a folder nor a hub id is refused without minutes of requests."""
+"""Tests of model names: a path is refused without a request to the hub, and an unknown hub id after one request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_path_is_never_requested_from_the_hub(requests, tmp_path):
     assert find_model(str(tmp_path), "--model") == str(tmp_path)
 
 
-def test_a_hub_id_is_requested_once(requests, tmp_path, capsys):
+def test_an_unknown_hub_id_is_requested_once_per_use(requests, tmp_path, capsys):
     words = ("finetune", "--task", "nusax", "--model", "owner/mistyped", "--output", tmp_path / "runs")
     data = tmp_path / "data" / "english"
     data.mkdir(parents=True)

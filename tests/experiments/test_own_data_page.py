@@ -1,4 +1,7 @@
-"""Run the recipe and commands of docs/own-data.md as printed."""
+"""Run the recipe of docs/own-data.md as printed, and its commands with options that make them quick.
+
+The table of the page is filled with rows of the demo's corpus, and `flare report` is not run.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Tests of `flare report`: numbers computed by hand, tables, figures and errors.
 
-A group holds the runs that one table compares. A line of the table shows one variant, such as `flare-r8`.
+A group holds the runs that one table compares. A line of the table shows one variant (a method with its options, such
+as `flare-r8`) in all languages and with all seeds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from flare.experiments.runs.records import (
 def runs(tmp_path: Path) -> Path:
     """Return a folder of runs in the languages ace and jav.
 
-    Zero-shot, LoRA and FLARE have two seeds in each language. X-Mixup has one seed, in ace only.
+    Zero-shot, LoRA and FLARE have two seeds in each language. X-Mixup has one seed, in ace only. There are two
+    fine-tuned bases.
     """
     root = tmp_path / "runs"
     scores = {
@@ -77,7 +79,7 @@ def runs(tmp_path: Path) -> Path:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_means_spreads_averages_and_ranks(runs: Path) -> None:
+def test_quality_equals_values_computed_by_hand(runs: Path) -> None:
     table = quality(group_of(runs), "macro_f1")
     assert [line.label for line in table.lines] == ["zero-shot", "lora", "x-mixup", "flare"]
     assert table.common == ("ace",) and table.complete == ("zero-shot", "lora", "flare")
@@ -204,7 +206,7 @@ def test_scores_with_other_settings_than_in_training_cause_a_warning(runs: Path)
     assert warnings(group_of(runs)) == record.data["notes"]
 
 
-def test_another_setting_of_a_run_has_a_separate_line(tmp_path: Path) -> None:
+def test_a_second_evaluation_of_a_run_has_a_separate_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "ace", "flare", 0, 80.0, source_text="gold")
     test = {"translate-train": {"macro_f1": 80.0}, "translate-train/mt": {"macro_f1": 75.0}}
     write_metrics(folder, Metrics(test=test))
@@ -233,7 +235,7 @@ def test_runs_are_grouped_by_task_and_model(runs: Path, tmp_path: Path) -> None:
     collection = collect([tmp_path, runs])  # the folders overlap, but no run counts twice
     assert [group.slug for group in collection.groups] == ["nusax-big-bert", "nusax-tiny-bert", "xnli"]
     assert collection.runs == 13 + 2 + 1 + 2
-    # after its folder was moved, a run still finds its base in this folder
+    # if the folder of all runs was moved, a run still finds its base, in the new folder
     moved = tmp_path / "moved"
     (tmp_path / "big").rename(moved)
     assert "org/big-bert" in {group.model for group in collect([moved]).groups}
@@ -269,7 +271,7 @@ def test_figures_show_whole_curves_and_fit_a_column_or_a_page(runs: Path) -> Non
 
 
 def test_with_many_lines_the_comparison_shows_only_the_main_lines(tmp_path: Path) -> None:
-    """The main lines are, for each method, the line closest to its defaults, and all lines that the user named.
+    """The main lines are the line closest to the defaults of each method, and all lines that the user named.
 
     Here every variant has its rank in its name or is named by the user, so no line has only the name of its method.
     """

@@ -1,4 +1,4 @@
-"""Tests of `flare report` over several tasks and models: averages, ranks, ablations, and activations by position."""
+"""Tests of `flare report` over several tasks and data sets: averages, ranks, ablations, and activations by position."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_averages_and_ranks_over_tasks(tasks: Path) -> None:
     (overview,) = overview_of(tasks)
     assert overview.model == "tiny-bert" and list(overview.tasks) == ["NusaX", "XNLI"]
     lines = {line.label: line for line in overview.lines}
-    # Only LoRA, input-level fusion and FLARE are trained in every language. Their scores, in this order, are 65, 80 and
-    # 85 on NusaX, and 82, 70 and 80 on XNLI.
+    # Only LoRA, input-level fusion and FLARE are trained in every language. Their mean scores, in this order, are 65,
+    # 80 and 85 on NusaX, and 82, 70 and 80 on XNLI.
     assert {label: line.rank for label, line in lines.items()} == {
         "zero-shot": None,
         "lora": (3 + 1) / 2,
@@ -135,7 +135,7 @@ def test_display_names_of_tasks_models_and_languages() -> None:
 
 
 def random_activations() -> tuple[Activations, list[np.ndarray]]:
-    """Return activations that are computed from three random rows, used both as S and as T, and the three rows."""
+    """Return activations of three random bottlenecks (tokens, rank), used both as S and as T, and the bottlenecks."""
     generator = np.random.default_rng(0)
     rows = [generator.standard_normal((length, 4)).astype(np.float32) for length in (3, 5, 2)]
     sums = RowCollector()

@@ -175,7 +175,7 @@ def test_rows_without_ids_are_aligned_by_position():
         align(targets, sources[:1], target_name="ace", source_name="en", split="train")
     pairs, notes = align(targets, sources[1:], translated=True)
     assert [(p.target.id, p.source.texts["text"]) for p in pairs] == [("#1", "B")], (
-        "in a translation, ids such as #1 are the positions in the original"
+        "in translated rows, an id such as #1 is the row's position in the original data"
     )
 
 
@@ -199,7 +199,7 @@ def test_rows_without_counterpart_are_counted():
     ]
 
 
-def test_no_matching_rows_is_an_error():
+def test_data_without_matching_rows_are_an_error():
     with pytest.raises(DataError) as raised:
         align([example("a"), example("b")], [example("c")], target_name="ace", source_name="en", split="train")
     text = str(raised.value)

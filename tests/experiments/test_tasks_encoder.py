@@ -1,6 +1,7 @@
 """Tests of the forms for encoders, on classification and question answering.
 
-A form turns pairs of texts into rows for a model, and the model's output into predictions.
+A form turns rows of data (each a target with its source) into rows for a model, and the model's output into
+predictions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def nli(row_id: str, premise: str, hypothesis: str, label: str | None = "neutral
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
-def test_a_pair_of_texts_is_one_sequence_in_both_streams():
+def test_premise_and_hypothesis_are_one_sequence_in_both_streams():
     tokenizer = word_tokenizer("a b c d e f g h")
     form = make_form(XNLI, tokenizer, "encoder", 8)
     pairs = [
@@ -90,7 +91,7 @@ def test_unsupported_forms_are_errors():
 # --- spans ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_is_found_nearest_to_its_start():
+def test_the_occurrence_nearest_to_the_answers_start_is_found():
     context = "to be or not to be"
     assert locate(context, Answer("to be", 13)) == 13
     assert locate(context, Answer("to be", 11)) == 13
@@ -152,6 +153,7 @@ def test_logits_at_the_answer_positions_give_the_answers(side, joined):
     batch = collator(rows)
     width = batch["input_ids"].shape[1]
     # Logits are 1.5 at the answer, 1 at other tokens, and 2 at padding. Before the target of a joined row they are 9.
+    # The logits above 1.5 must have no effect.
     output = [2.0 - batch["attention_mask"] + torch.nn.functional.one_hot(batch[name], width) / 2
               for name in ("start_positions", "end_positions")]  # fmt: skip
     starts = collator([{**row, "start_positions": 0, "end_positions": 0} for row in rows])["start_positions"]

@@ -1,6 +1,7 @@
 """Tests of token classification, multiple choice, multi-label classification and regression.
 
-They cover rows, pairs, metrics and forms. A form turns pairs into rows for a model, and its output into predictions.
+They cover rows, pairs (a target row with its source row), forms and metrics. A form turns pairs into rows for a model,
+and the model's output into predictions.
 """
 
 import importlib.util
@@ -154,7 +155,7 @@ def test_a_regression_needs_finite_numbers():
         ("regression", {"metric": "accuracy"}, "not a metric of task regression; accepted: pearson, spearman"),
     ],
 )
-def test_options_of_another_kind_are_errors(name, options, error):
+def test_options_that_do_not_fit_the_kind_of_task_are_errors(name, options, error):
     with pytest.raises(UserError, match=error):
         get_task(name, **options)
 
@@ -186,6 +187,7 @@ def test_a_translated_sentence_has_no_words(tmp_path):
 
 
 def test_rows_without_words_keep_their_digest():
+    """Digests in the run.json of earlier versions must stay valid."""
     row = Example("1", {"text": "t"}, "a")
     assert digest_of_rows([row]) == "4354c15b9c3d0543e364c36b72baed0558cd46c6dc21d397eef190ee2f5c7f91"
     assert digest_of_rows([replace(row, words=("t",))]) != digest_of_rows([row])
@@ -303,7 +305,7 @@ def test_multi_label_and_regression_forms_make_rows_and_predictions():
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "multi-label", "regression"])
-def test_generative_models_have_no_form_for_these_kinds(kind):
+def test_kinds_that_generated_text_cannot_answer_need_a_head(kind):
     with pytest.raises(
         UserError, match=rf"task {kind} \({kind}\) needs a model with a head.*--form encoder \(AutoModelFor"
     ):

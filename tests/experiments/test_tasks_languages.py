@@ -1,4 +1,4 @@
-"""Tests of the table of languages: it is complete and unambiguous, and its errors suggest similar names."""
+"""Tests of the table of languages: it has every tag of NLLB, names are unique, and errors suggest similar names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def test_names_and_codes_give_the_nllb_tag(name, tag):
     assert nllb_code(name) == tag
 
 
-def test_substitutes_are_marked():
+def test_languages_with_the_tag_of_another_language_have_a_note():
+    """NLLB lacks Madurese and Ngaju, so they are translated with the tag of Indonesian."""
     substituted = {one.name: one.note for one in LANGUAGES if one.substituted}
     assert set(substituted) == {"Madurese", "Ngaju"} and all("Indonesian" in note for note in substituted.values())
     assert language("indonesian").name == "Indonesian" and language("ind_Latn").name == "Indonesian"

@@ -10,7 +10,7 @@ from flare.experiments.tasks.metrics import accuracy, exact_match, f1, macro_f1,
 ABC = ("a", "b", "c")
 
 
-def test_macro_f1_is_over_all_labels():
+def test_macro_f1_averages_over_all_labels():
     # a: precision 1, recall 1/2; b: precision 2/3, recall 1; c: all correct
     assert macro_f1(list("abbbcc"), list("aabbcc"), ABC) == pytest.approx(100 * (2 / 3 + 4 / 5 + 1) / 3)
     assert macro_f1(list("aa"), list("aa"), ABC) == pytest.approx(100 / 3), "labels that do not occur count as 0"

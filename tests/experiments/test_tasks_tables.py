@@ -24,13 +24,13 @@ ROWS = [
     {"id": "7", "text": 'ein "Satz",\nzwei\tZeilen', "label": "good"},
     {"id": "8", "text": "žluťoučký", "label": "bad"},
 ]
-#: data.json holds {"data": rows}, lines.json holds one row per line, shards are two Parquet files, and saved is a
-#: folder that save_to_disk wrote.
+#: "data.json" is a JSON file with {"data": rows}, "lines.json" a JSON file with one row per line, "shards" two Parquet
+#: files, and "saved" a folder that save_to_disk wrote.
 FORMATS = ("csv", "tsv", "json", "data.json", "lines.json", "jsonl", "parquet", "shards", "saved")
 
 
 def write_as(folder: Path, rows: list[dict[str, Any]], form: str, name: str = "train") -> Path:
-    """Write rows in a format; return the path for `read_table`."""
+    """Write rows in one of FORMATS, and return the path of the file (of the last shard) or folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.{form.rpartition('.')[2]}"
     if form in ("csv", "tsv"):
@@ -224,7 +224,7 @@ def test_columns_of_a_pair_of_texts_are_read_in_both_languages(tmp_path):
         read_split(get_task("xnli"), ParallelColumns(tmp_path, "english", None, ("p_sw",)), "swahili", "test")
 
 
-def test_errors_of_parallel_columns(tmp_path):
+def test_errors_of_parallel_columns_name_the_reason(tmp_path):
     path = write_as(tmp_path, BOTH, "csv", name="all")
     data = ParallelColumns(path, "english", ("en",), ("{language}",))
     for message, task, place, language in (
@@ -250,8 +250,8 @@ def test_errors_of_parallel_columns(tmp_path):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def test_all_commands_read_one_table(tmp_path, capsys):
-    """finetune, train and evaluate give the same scores as with one folder per language."""
+def test_finetune_train_and_evaluate_read_one_table(tmp_path, capsys):
+    """The commands give the scores that they give for the same rows in one folder per language."""
     sizes = {"train": (0, 16), "valid": (16, 24), "test": (24, 36)}
     write_data(tmp_path / "folders", rows=sizes)
     write_bert(tmp_path / "bert")

@@ -157,7 +157,7 @@ def test_equal_texts_are_translated_once(nllb, tmp_path, monkeypatch):
 
 
 def kill_midway(arguments: list[str], partial: Path, lines: int) -> None:
-    """Start the command in its own process, and kill the process when the progress file has this many lines."""
+    """Start the command in its own process, and kill it as soon as the progress file has ``lines`` lines or more."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "flare", *arguments],
@@ -202,7 +202,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(data, nllb, tmp_path, capsys, mo
     assert not partial.exists() and not list(finished.parent.glob(".*"))
 
 
-def test_a_kill_between_the_last_steps_loses_nothing(data, nllb, tmp_path, monkeypatch):
+def test_an_interrupt_between_the_last_writes_loses_nothing(data, nllb, tmp_path, monkeypatch):
     """The split is written first, then the provenance; the progress file is removed last."""
     from flare.experiments.translation import job
 

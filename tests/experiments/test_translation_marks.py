@@ -1,6 +1,7 @@
 """Tests of the marks, such as square brackets, that carry an answer through a translation.
 
-The translations keep the marks, lose them, or change them.
+The translations keep the marks, lose them, or change them. If the marks are lost, so is the answer's span (its position
+in the translated text).
 """
 
 import json
@@ -121,7 +122,7 @@ def job_of(tmp_path, split, policy, rows=ROWS):
     return Job(get_task("qa"), "english", "loud", split, rows, tmp_path, lost_marks=policy, data="made here")
 
 
-def test_rows_without_a_span_are_dropped_in_train(tmp_path):
+def test_policy_drop_leaves_out_rows_without_a_span(tmp_path):
     job = job_of(tmp_path, "train", "drop")
     outcome = translate_split(job, Mangling(), print_fn=print)
     rows = [json.loads(line) for line in job.path.read_text(encoding="utf-8").splitlines()]
@@ -142,7 +143,7 @@ def test_rows_without_a_span_are_dropped_in_train(tmp_path):
     assert entry["counts"] == outcome.counts and entry["lost_marks"] == "drop" and entry["data"] == "made here"
 
 
-def test_rows_without_a_span_are_kept_in_test(tmp_path):
+def test_policy_keep_writes_rows_without_a_span(tmp_path):
     job = job_of(tmp_path, "test", "keep")
     outcome = translate_split(job, Mangling())
     rows = [json.loads(line) for line in job.path.read_text(encoding="utf-8").splitlines()]

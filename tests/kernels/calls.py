@@ -1,4 +1,7 @@
-"""Calls of every primitive with many layouts, for the tests of plan keys, argument order and Python overhead."""
+"""Calls of every primitive with many layouts, for the tests of cached plans, argument order and Python overhead.
+
+The primitives are the functions of flare_kernels/triton_ops/primitives.py.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def transposed(rows: int, cols: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 LAYOUTS = {"plain": plain, "misaligned": misaligned, "columns": columns, "transposed": transposed}
-#: M, K, N, R
+#: Number of tokens M, input width K, output width N, rank R.
 SIZES = ((128, 256, 192, 16), (127, 129, 65, 8), (1, 64, 48, 1), (600, 96, 80, 64), (16, 1024, 1, 130))
 ALL = (None, *FUSIONS)
 

@@ -26,7 +26,7 @@ from flare_kernels import dropout
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.device import FUSION_ID, dot, fuse, fuse_grad
 
-#: M, K, N, R
+#: Number of tokens M, input width K, output width N, rank R.
 SIZES = ((70, 130, 67, 5), (600, 700, 48, 16), (9, 40, 33, 64))
 KEEP_SCALE = dropout.keep_scale(0.3)
 
@@ -35,7 +35,7 @@ KEEP_SCALE = dropout.keep_scale(0.3)
 def product_kernel(
     a, b, c, out, M, N, K, a_0, a_1, b_0, b_1, mask, mask_0, mask_1, scale, HAS_C: tl.constexpr, HAS_MASK: tl.constexpr
 ):
-    """Compute out (M, N) = c + scale * (mask * a) b, one program per 16 x 16 tile; c and out contiguous."""
+    """Compute out (M, N) = c + scale * (mask * a) b, with one program per 16 x 16 tile. c and out are contiguous."""
     o_m = tl.program_id(0) * 16 + tl.arange(0, 16)
     o_n = tl.program_id(1) * 16 + tl.arange(0, 16)
     b_sum = tl.zeros((16, 16), dtype=tl.float32)
@@ -59,7 +59,10 @@ def product_kernel(
 
 @triton.jit
 def elementwise_kernel(t, s, dh, out_0, out_1, numel, FUSION: tl.constexpr, BACKWARD: tl.constexpr):
-    """Compute out_0 = phi(s, t) or, if BACKWARD, out_0 = dh * dphi/dt and out_1 = dh * dphi/ds; all contiguous."""
+    """Compute out_0 = phi(s, t), or if BACKWARD, out_0 = dh * dphi/dt and out_1 = dh * dphi/ds.
+
+    All tensors are contiguous.
+    """
     o = tl.program_id(0) * 64 + tl.arange(0, 64)
     m = o < numel
     b_t = tl.load(t + o, mask=m, other=0.0)
@@ -73,7 +76,7 @@ def elementwise_kernel(t, s, dh, out_0, out_1, numel, FUSION: tl.constexpr, BACK
 
 
 def product(a: Tensor, b: Tensor, scale: float = 1.0, mask: Tensor | None = None, c: Tensor | None = None) -> Tensor:
-    """Return c + scale * (mask * a) b, contiguous."""
+    """Return c + scale * (mask * a) b as a contiguous tensor. ``c`` and ``mask`` may be missing."""
     (M, K), N = a.shape, b.shape[1]
     out = torch.empty(M, N, device=a.device)
     mask_strides = (0, 0) if mask is None else mask.stride()
@@ -84,7 +87,7 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0, mask: Tensor | None = None
 
 
 def elementwise(T: Tensor, S: Tensor, fusion: str, dH: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (H, H), or (dT, dS) if there is a dH."""
+    """Return (H, H) with H = phi(S, T), or (dT, dS) if ``dH``, the gradient of H, is given."""
     T, S = T.contiguous(), S.contiguous()
     first, second = torch.empty_like(T), torch.empty_like(T)
     grid = (triton.cdiv(T.numel(), 64),)
@@ -147,7 +150,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the comparisons, print a line for each, and return 1 if one differs."""
+    """Run the comparisons and print a line for each. Return 0 if all agree, 1 if not, 2 if FpSan cannot run here."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--close", action="store_true", help="compare with tolerances, without FpSan")
     options = parser.parse_args(arguments)

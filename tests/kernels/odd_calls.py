@@ -1,4 +1,6 @@
-"""A few calls of every kernel with odd sizes, for the bounds checker (bounds.py) and for compute-sanitizer on a GPU.
+"""Calls of every primitive with odd sizes, for the bounds checker (bounds.py) and for compute-sanitizer on a GPU.
+
+The primitives are the functions of flare_kernels/triton_ops/primitives.py.
 
 python tests/kernels/odd_calls.py     # on a CUDA device or in the interpreter; prints the number of launches by kernel
 """
@@ -19,7 +21,8 @@ from flare_kernels.triton_ops import primitives as triton_ops
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 MIXED = (BF16, F32)
-#: M, K, N, R, (dtype of T, dtype of A and B): partial tiles along each axis, axes of one element, several blocks of R.
+#: Number of tokens M, input width K, output width N, rank R, (dtype of activations, dtype of A and B). The sizes give
+#: partial tiles along each axis, axes of one element, and several blocks of R.
 CASES = [
     (70, 130, 67, 5, (F32, F32)),
     (33, 40, 129, 130, (F32, F32)),
@@ -35,9 +38,10 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 
 def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call every primitive, with and without dropout. Yield (its results, the results of plain PyTorch) of each call.
+    """Call every primitive, and yield (its results, the results of plain PyTorch) for each call.
 
-    ``place`` copies a tensor to the memory that a kernel reads or writes.
+    The primitives that take dropout masks are called with and without masks. ``place`` copies a tensor to the memory
+    that a kernel reads or writes.
     """
     M, K, N, R, (dtype, adapter) = case
     randn = random_in(place, device, dtype)
@@ -78,7 +82,7 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
 
 
 def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Return a function that makes random matrices in the memory of ``place``, by default of this dtype."""
+    """Return a function that makes random matrices, by default of dtype ``dtype``, and copies them with ``place``."""
 
     def randn(rows: int, cols: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return place((torch.randn(rows, cols, device=device) * scale).to(of))
@@ -113,7 +117,7 @@ def require_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dty
 
 
 def main() -> int:
-    """Run all calls, compare the results, and return 0."""
+    """Run the calls of this module and of odd_forms, compare the results, and return 0."""
     import odd_forms  # imported here, because odd_forms imports this module
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,8 @@
-"""Calls with odd sizes in the forms (implementations) that the general rule does not choose.
+"""Calls with odd sizes in the forms that only a tuned launch table chooses.
 
-odd_calls.py runs these calls too.
+A step is one operation of the adapter, such as "shrink", and a form is one implementation of a step. Without a tuned
+table, the general rule chooses the first form of each step (flare_kernels/triton_ops/config.py). odd_calls.py runs the
+calls of both modules.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from flare_kernels.launch_mode import counting, forcing
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.config import FORMS, NARROW, TileConfig, can_run
 
-#: Length of the summed axis, length of the other axis, R, (dtype of T, dtype of A and B). The summed axis is K for
-#: shrink, and M for grad_weight and dB.
+#: Length of the summed axis, length of the other axis, rank R, (dtype of activations, dtype of A and B). The summed
+#: axis is the input width K for shrink, and the number of tokens M for grad_weight and dB.
 CASES: list[tuple[int, int, int, tuple[torch.dtype, torch.dtype]]] = [
     (131, 19, 5, (F32, F32)),
-    (136, 24, 24, (BF16, BF16)),  # rows of a multiple of 16 bytes, as tensor descriptors require
+    (136, 24, 24, (BF16, BF16)),  # rows have a multiple of 16 bytes, as tensor descriptors require
 ]
 #: Small tiles and many programs, so that the sums of these cases are split.
 _TILES = TileConfig(BLOCK_M=16, BLOCK_K=16, BLOCK_N=32, BLOCK_R=32, num_warps=4, num_stages=2, programs=40)
@@ -31,9 +33,9 @@ _PHI: dict[str, Any] = {"scalings": [0.5, 2.0], "fusion": "mul_relu"}
 
 
 def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call the forms that the general rule does not choose.
+    """Call shrink, grad_weight and grad_bottleneck in forms that the general rule does not choose.
 
-    In addition, call expand_ with biases, so that it does not read y, and a layer in the order adapter_first
+    In addition, call expand_ with ``biases``, so that it does not read y, and fused_lora_qkv in the order adapter_first
     (flare_kernels/order.py).
 
     Yields:
@@ -69,7 +71,10 @@ def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results
 
 
 def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call shrink and grad_weight in the forms "last_adds", with and without dropout, and "tma"."""
+    """Call shrink and grad_weight in the form "last_adds" with and without dropout, and in the form "tma".
+
+    "tma" is called only if the device has tensor descriptors and the case's dtype and sizes allow them.
+    """
     long, short, R, (dtype, adapter) = case
     randn = random_in(place, device, dtype)
     forms: list[tuple[str, dict[str, Any]]] = [("last_adds", {}), ("last_adds", {"keep_scale": KEEP_SCALE})]
@@ -95,7 +100,7 @@ def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
 
 @contextlib.contextmanager
 def _forced(step: str, form: str, launches: list[str]) -> Iterator[None]:
-    """Force a form with tiles that split its sums, and assert its launches."""
+    """Force a form of a step with tiles that split its sums, and assert the names of the kernels that it launches."""
     tiles: dict[str, Any] = dict.fromkeys(FORMS[step][form], _TILES)
     with forcing(form=form, **tiles), counting() as names:
         yield
@@ -103,7 +108,7 @@ def _forced(step: str, form: str, launches: list[str]) -> Iterator[None]:
 
 
 def _step(leaves: dict[str, Tensor], frozen: dict[str, Any], Gs: list[Tensor], backend: str) -> list[Tensor]:
-    """Return the outputs of q and v and the gradients of x, A and B; the node computes the frozen products."""
+    """Return the outputs of q and v and the gradients of x, A and B, from fused_lora_qkv with the frozen weights."""
     t = {name: leaf.detach().requires_grad_(name != "x_source") for name, leaf in leaves.items()}
     adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5 + at) for at, name in enumerate("qv")}
     ys = fused_lora_qkv(t["x"][None], t["x_source"][None], None, adapters, **frozen, training=True, backend=backend)
