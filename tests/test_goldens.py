@@ -1,6 +1,6 @@
-"""Compare flare.fast_lora and FlareTrainer with outputs of the authors' release, on current transformers and PEFT.
+"""Compare flare.fast_lora and FlareTrainer with stored results of the rules of the authors' release ("goldens").
 
-The outputs are stored as cases ("goldens"). The selection of cases in tests/goldens always runs. The environment
+tests/goldens/README.md describes the results, which were computed on the versions that the authors pin. The selection of cases in tests/goldens always runs. The environment
 variable FLARE_GOLDENS names a folder with the full set, whose cases run too.
 """
 
