@@ -150,9 +150,9 @@ def batch_size(values: Mapping[str, Any]) -> int:
 def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
     """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same number of rows for any number of processes. With more processes, each process computes fewer batches per
-    step. The batches become smaller only if the rows could not be shared equally otherwise. They never become larger,
-    because then they might not fit the memory of one process.
+    A step has the same number of rows for any number of processes. With more processes, each process computes fewer
+    batches per step. The batches become smaller only if the rows could not be shared equally otherwise. They never
+    become larger, because then they might not fit the memory of one process.
 
     Args:
         values: result of :func:`training_values`, for a single process.

@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def train_source(self) -> str | None:
-        """Source text in training. An "mt" target text is trained with the "gold" source text it was translated from."""
+        """Source text in training. An "mt" target text comes with the "gold" source text it was translated from."""
         return "gold" if self.source_text is not None and self.target_text == "mt" else self.source_text
 
 

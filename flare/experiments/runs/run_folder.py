@@ -1,7 +1,7 @@
 """Open the folder of one run: start or resume the run, skip a finished run, or refuse the folder.
 
-Results and checkpoints are never overwritten. A folder that holds another run or unrelated files is an error. Restarting a run
-first moves the folder of the earlier run into the folder earlier-N next to it.
+Results and checkpoints are never overwritten. A folder that holds another run or unrelated files is an error.
+Restarting a run first moves the folder of the earlier run into the folder earlier-N next to it.
 """
 
 from __future__ import annotations

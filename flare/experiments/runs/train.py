@@ -302,7 +302,7 @@ class _Run:
     ) -> list[dict[str, Any]]:
         """Return the model rows of a split.
 
-        Rows of FLARE MT include the MT encoder's states. Training rows of X-Mixup for questions include the positions of
+        Rows of FLARE MT include the MT encoder's states. X-Mixup's training rows for questions include the positions of
         the answers in the source text.
         """
         make = self.setup.form.train_rows if training else self.setup.form.eval_rows

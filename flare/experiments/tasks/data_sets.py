@@ -1,8 +1,8 @@
 """List the tasks' data sets on the Hugging Face hub: configurations, splits, and where their English rows come from.
 
 A data set has one configuration per language. The configuration's name is a code that `.languages` maps to the
-language, or the language's FLORES-200 tag (such as ace_Latn), which is also its NLLB tag. `.registry` lists the columns and labels of each
-task.
+language, or the language's FLORES-200 tag (such as ace_Latn), which is also its NLLB tag. `.registry` lists the columns
+and labels of each task.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
     """Return one split of one language.
 
     Raises:
-        DataError: the data set, the configuration, the split or a column is missing.
+        DataError: the hub cannot be reached, or the data set, the configuration, the split or a column is missing.
+        UserError: the language is not known, or a data set of `.data_sets` does not have it.
     """
     if hub_id == _TYDIQA:
         return _read_tydiqa(task, hub_id, language, split)
