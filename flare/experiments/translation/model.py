@@ -201,8 +201,9 @@ def position_limit(config: Any, tokenizer: Any = None) -> int | None:
 def fingerprint(folder: Path) -> str:
     """Return a digest of a model's folder that does not depend on its location or time stamps.
 
-    Weight files contribute their names, sizes and 64 samples of 64 KiB, so that several GB take little time. JSON and
-    tokenizer files contribute all bytes. Other files (a README) are ignored.
+    All files contribute their names and sizes. Weight files of more than 4 MiB contribute 64 samples of 64 KiB, so that
+    several GB take little time. Smaller weight files, JSON files and tokenizer files contribute all bytes. Files of
+    other types (a README) are ignored.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
