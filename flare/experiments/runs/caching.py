@@ -52,9 +52,9 @@ def plan_cache(
 ) -> CachePlan:
     """Decide whether one run of a fusing method gets a source cache.
 
-    "auto" turns the cache on if all states fit into the budget (default: a quarter of the free memory), every row is
-    read more than once, a row's states do not depend on the other rows of its batch, one process trains, and the model
-    is not compiled. The results are the same with and without the cache.
+    "auto" turns the cache on if the states can be cached, all of them fit into the budget (default: a quarter of the
+    free memory), a row's states do not depend on the other rows of its batch, the training may have more than one
+    epoch, only one process trains, and the model is not compiled. The results are the same with and without the cache.
 
     Args:
         mode: "auto", "on" or "off".

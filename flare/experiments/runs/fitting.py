@@ -292,7 +292,7 @@ def fit(
         )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
-        # the trainer may have replaced the collator, and the cache finds rows only if they are padded to its width
+        # the trainer may have replaced the collator, and the cache finds only rows that the new collator has padded
         predictor.collator = trainer.data_collator
     set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, print_fn))

@@ -40,7 +40,10 @@ class Plan:
 
     @property
     def train_source(self) -> str | None:
-        """Source text in training. An "mt" target text comes with the "gold" source text it was translated from."""
+        """Source text in training; None if the method reads none.
+
+        An "mt" target text was translated from the gold source text, so its source text in training is "gold".
+        """
         return "gold" if self.source_text is not None and self.target_text == "mt" else self.source_text
 
 

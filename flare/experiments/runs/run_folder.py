@@ -174,7 +174,8 @@ def _locked_here(folder: Path) -> Iterator[None]:
 def _record_failure(folder: Path, error: UserError) -> None:
     """Mark a diverged run in its run.json, and delete the run.json of a run that left nothing to resume.
 
-    With its run.json, a run that failed to start (for instance because of its data) would look like a run in progress.
+    If its run.json were kept, a run that failed to start (for instance because of its data) would look like a run in
+    progress.
     """
     if not (folder / RUN_FILE).is_file():
         return

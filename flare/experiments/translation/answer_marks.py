@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..tasks import Answer
 
-# Chen et al. found that translation preserves square brackets best. The other pairs are for texts that contain square brackets.
+# Chen et al. found that translation preserves square brackets best. The other pairs are for texts that contain square
+# brackets.
 PAIRS = (("[", "]"), ("{", "}"), ("<", ">"), ("«", "»"))
 # Characters that models write instead of square brackets, mostly in Chinese and Japanese (as in the authors' release).
 _VARIANTS = {"[": "［【《", "]": "］】》"}

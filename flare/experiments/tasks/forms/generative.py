@@ -19,7 +19,8 @@ ANSWER_TOKENS = 64
 class GenerativeForm(Form):
     """Base class of the generative forms. It encodes prompts and answers, and turns generated tokens into predictions.
 
-    The target text and the source text (the two streams) are filled into the same prompt template.
+    The target text and the source text (the two streams) are filled into the same prompt template. The
+    default templates are in English.
 
     Attributes:
         longest_prompt: maximum tokens of a prompt.
