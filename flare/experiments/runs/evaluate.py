@@ -1,8 +1,7 @@
 """`flare evaluate`: score bases and adapters on the test split.
 
-There are three kinds of evaluation, called settings as in the option --setting. zero-shot scores the base on the texts
-in the target language, translate-test scores the base on the same texts in the source language, and translate-train
-scores the adapters.
+The option --setting selects the evaluations: zero-shot scores the base on the texts in the target language,
+translate-test scores the base on the same texts in the source language, and translate-train scores the adapters.
 """
 
 from __future__ import annotations
@@ -173,7 +172,8 @@ class _Evaluation:
     def _base_pairs(self, data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
         """Return the test rows for the base, and notes about them.
 
-        If adapters were scored on this target language, the base is scored on the rows that they were scored on.
+        If adapters were scored on this target language and --rows is not given, the base is scored on the rows that the
+        adapters were scored on. For translate-test, questions without an answer in the source language are left out.
         """
         ids = self._scored_ids(target) if self.settings.rows is None else set()
         if ids:  # these rows are all used, even if run.json of the base limits the number of rows

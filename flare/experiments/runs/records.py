@@ -38,7 +38,8 @@ class RunRecord:
 
     kind: "finetune" (fine-tuning of a base), "train" (training of an adapter) or "evaluate" (the base, scored without
         further training).
-    status: "running" until everything is written, then "done"; "diverged" if weights or logits were not finite.
+    status: "running" until everything is written, then "done"; "diverged" if weights, losses or logits were not
+        finite.
     task: name of the task, for example "nusax" or "classification".
     source_language, target_language: names of the languages, as the user wrote them; target_language is None for the
         fine-tuning of a base.
@@ -178,7 +179,7 @@ def result_line(scores: dict[str, float], metrics: Metrics) -> str:
 def diverged(run: Run) -> str | None:
     """Return which value of a run is not finite, as text, or None if the run did not diverge."""
     if run.record.status == DIVERGED:
-        return "its weights or logits are not finite"
+        return "its weights, losses or logits are not finite"
     bottleneck = run.metrics.bottleneck or {}
     means = [*bottleneck.get("S", []), *bottleneck.get("T", [])]
     if any(isinstance(mean, float) and not math.isfinite(mean) for mean in means):

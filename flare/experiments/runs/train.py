@@ -123,7 +123,7 @@ class _Run:
         return self.folder
 
     def _note_changed_rows(self) -> None:
-        """Note and print which rows of a finished run have changed."""
+        """Print which rows of a finished run have changed, and write these notes into its run.json."""
         with contextlib.suppress(UserError):  # a finished run does not need its data
             splits, _ = self._splits()
             for line in note_changed_rows(self.folder, self.plan.name, self._digests(splits)):

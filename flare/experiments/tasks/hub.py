@@ -1,7 +1,7 @@
 """Read rows from the Hugging Face hub.
 
 A data set on the hub has one configuration per language. `.data_sets` lists the configurations of the tasks' data
-sets; for other data sets, the user names the configuration.
+sets. For other data sets, the name that the user gives to a language must be the name of its configuration.
 
 TyDiQA-GoldP is an exception: it has a single configuration ("secondary_task") for all languages, and a row's id starts
 with its language. It has no test split, so its validation split serves as the test split, and a tenth of its training
