@@ -1,6 +1,6 @@
 """Decide before a run whether to cache its source states between epochs (`--source-cache`).
 
-Source states are the hidden states of the source texts in the frozen model, which an adapter fuses.
+An adapter fuses the source states: the hidden states of the source texts in the frozen model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ...training.collator import FlareDataCollator
 from ..utils.errors import UserError
 from ..utils.processes import process_count
 
-#: Share of the free memory that ``--source-cache auto`` may use. Training needs the remaining memory.
+#: Share of the free host memory that ``--source-cache auto`` may use if no budget is given.
 AUTO_SHARE = 1 / 4
-#: Share of the free memory that ``--source-cache on`` uses if no budget is given.
+#: Share of the free host memory that ``--source-cache on`` may use if no budget is given.
 _ON_SHARE = 1 / 2
 
 
@@ -52,8 +52,9 @@ def plan_cache(
 ) -> CachePlan:
     """Decide whether one run of a fusing method gets a source cache.
 
-    "auto" turns the cache on if every row is read more than once, all rows are padded to one width, and all states fit
-    into the budget (default: a quarter of the free memory). The results are the same with and without the cache.
+    "auto" turns the cache on if the states can be cached, all of them fit into the budget (default: a quarter of the
+    free memory), a row's states do not depend on the other rows of its batch, the training may have more than one
+    epoch, only one process trains, and the model is not compiled. The results are the same with and without the cache.
 
     Args:
         mode: "auto", "on" or "off".
@@ -82,7 +83,7 @@ def plan_cache(
         if why is None:
             cache = SourceStateCache({"host": room})
             model.set_source_cache(cache)
-    except ValueError as error:  # raised for states that change, for example with source_dropout
+    except ValueError as error:  # for example, with source_dropout the states change in each epoch
         if mode == "on":
             raise UserError(f"--source-cache on: {error}") from error
         why = str(error).removeprefix("source_cache: ")
@@ -114,7 +115,7 @@ def needed_bytes(
     total, seen = 0, set()
     for row in rows:
         source_ids, labels = row["source_input_ids"], tuple(row.get("source_labels") or ())
-        texts = source_ids if isinstance(source_ids[0], list) else [source_ids]  # multiple choice: a text per choice
+        texts = source_ids if isinstance(source_ids[0], list) else [source_ids]  # multiple choice has a text per choice
         for text in texts:
             ids = tuple(text)
             if (ids, labels) in seen:

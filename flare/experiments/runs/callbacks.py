@@ -1,4 +1,7 @@
-"""Trainer callbacks: progress bar, step times, log file, and the memory of one step."""
+"""Trainer callbacks for the progress bar, times, memory, losses and the log file.
+
+The module also has functions that silence warnings, and one that measures the memory of a training step.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,10 @@ def chance_notes(folder: Path) -> list[str]:
     """Return a list with one note if a fine-tuned base is at chance level on its source language, else an empty list.
 
     The base is at chance level if its score is this low:
-        accuracy: at most one standard error above the accuracy of always predicting the most frequent label.
+        accuracy: at most one standard error above the accuracy of always predicting the most frequent label. If the
+            true labels are unknown, all labels count as equally frequent.
         exact match: 0, with an F1 below 5.
-        entity F1: 0, as if no word belonged to an entity.
+        entity F1: 0, the score of predicting no entity.
         micro F1 (multi-label): at most the highest micro F1 that predicting one set of labels (possibly the empty set)
             for every row can reach.
         Pearson: at most one standard error above 0, the correlation of unrelated numbers.

@@ -67,7 +67,7 @@ def last_checkpoint(folder: Path, print_fn: Callable[[str], None]) -> Path | Non
             write_json(path / STATE_FILE, state)
         return path
     if damaged or complete:
-        print_fn(f"{folder}: no complete checkpoint is left; the training starts from the beginning")
+        print_fn(f"{folder}: no usable checkpoint is left; the training starts from the beginning")
     return None
 
 

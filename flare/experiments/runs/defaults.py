@@ -67,7 +67,10 @@ def kind_of(model: str, form: str | None = None) -> ModelKind:
 
 
 def paper_recipe(kind: ModelKind, task: str) -> Recipe:
-    """Return the paper's recipe for a kind of model and a task, without a base model."""
+    """Return the paper's recipe for a kind of model and a task.
+
+    The recipe names no base model, no model options, and no training arguments that the experiment sets itself.
+    """
     file = "paper-xlmr" if kind.family == "encoder" else "paper-mt5"
     if kind.family == "causal" or (kind.family == "encoder" and kind.model_type in _decoders()):
         file = "paper-gemma2" if kind.model_type.startswith("gemma") else "paper-llama"
@@ -82,11 +85,12 @@ def paper_recipe(kind: ModelKind, task: str) -> Recipe:
 
 
 def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
-    """Return the recipe without the features that this machine lacks, and a note for each of them.
+    """Return the recipe with the user's quantization and without what this machine cannot run, and notes for the user.
 
     Args:
         recipe: the paper's recipe.
-        quantization: "none", "nf4" or "int8" from the user; None: the recipe's quantization, if there is a CUDA device.
+        quantization: "none", "nf4" or "int8" from the user; None: the recipe's quantization, if there is a CUDA device
+            and bitsandbytes is installed.
         given: name -> value of the TrainingArguments fields that the user set. They are not changed.
 
     Raises:

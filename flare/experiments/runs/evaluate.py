@@ -1,8 +1,7 @@
 """`flare evaluate`: score bases and adapters on the test split.
 
-There are three kinds of evaluation, called settings as in the option --setting. zero-shot scores the base on the texts
-in the target language, translate-test scores the base on the same texts in the source language, and translate-train
-scores the adapters.
+The option --setting selects the evaluations: zero-shot scores the base on the texts in the target language,
+translate-test scores the base on the same texts in the source language, and translate-train scores the adapters.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _COLUMNS = ("source_column", "target_column")
 
 
 def run_evaluate(settings: EvaluateSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
-    """Evaluate on the test split. Skip evaluations that already have results.
+    """Evaluate on the test split. With `settings.resume`, skip evaluations that already have results.
 
     Returns:
         The folders with the results.
@@ -75,7 +74,10 @@ class _Evaluation:
         self.failed: list[tuple[str, str]] = []
 
     def run(self) -> list[Path]:
-        """Run all evaluations, then raise one UserError with the messages of the failed evaluations."""
+        """Run all evaluations, and return the folders with results.
+
+        If evaluations fail, the others still run. Then one UserError with all messages is raised.
+        """
         for setting in self.settings.setting:
             if setting == "translate-train":
                 self._try(setting, self._adapters)
@@ -170,7 +172,8 @@ class _Evaluation:
     def _base_pairs(self, data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
         """Return the test rows for the base, and notes about them.
 
-        If adapters were scored on this target language, the base is scored on the rows that they were scored on.
+        If adapters were scored on this target language and --rows is not given, the base is scored on the rows that the
+        adapters were scored on. For translate-test, questions without an answer in the source language are left out.
         """
         ids = self._scored_ids(target) if self.settings.rows is None else set()
         if ids:  # these rows are all used, even if run.json of the base limits the number of rows
@@ -306,7 +309,7 @@ class _Evaluation:
         return Data(task, place, source, None if translations is None else Path(translations), merged.rows), setup
 
     def _columns_of(self, record: RunRecord | None) -> dict[str, Any]:
-        """Return the source and target columns, if the data are one table with both languages.
+        """Return the source and target columns if the data are one table with both languages, else an empty dict.
 
         run.json of a base may name only the source columns; run.json of its adapters names both.
         """
@@ -351,8 +354,8 @@ def _source_only(pair: Pair) -> Pair:
 def _answered(pairs: list[Pair], data: Data, target: str, text: str) -> tuple[list[Pair], list[str]]:
     """Return the questions whose source row has an answer, and a note about the questions that are left out.
 
-    A prediction can only be compared with an answer in the source language. A translation that lost the marks around
-    the answer has none.
+    A prediction can only be compared with an answer in the source language. A translated row has no answer if the
+    translation lost the marks around the answer.
 
     Raises:
         UserError: no row is left.

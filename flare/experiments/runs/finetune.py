@@ -1,4 +1,7 @@
-"""`flare finetune`: train an adapter on the task in the source language and merge it into the base."""
+"""`flare finetune`: fine-tune the base on the task in the source language.
+
+By default, an adapter is trained and merged into the base. With --full, all weights are trained.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +182,7 @@ def _reload(setup: Setup, folder: Path) -> Any:
 
 
 def _digests(data: Data) -> dict[str, str]:
-    """Return the digests of the existing splits."""
+    """Return the digests of the source language's existing splits."""
     digests: dict[str, str] = {}
     for split in ("train", "valid", "test"):
         pairs, _ = _rows(data, split, needed=split == "train")

@@ -139,7 +139,7 @@ def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict
 
 
 def batch_size(values: Mapping[str, Any]) -> int:
-    """Return the rows of a batch, summed over all processes.
+    """Return the number of rows of a batch, summed over all processes.
 
     Args:
         values: result of :func:`training_values`.
@@ -150,9 +150,9 @@ def batch_size(values: Mapping[str, Any]) -> int:
 def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
     """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same rows for any number of processes. With more processes, each process computes fewer batches per
-    step. The batches become smaller only if the rows could not be shared equally otherwise. They never become larger,
-    because then they might not fit the memory of one process.
+    A step has the same number of rows for any number of processes. With more processes, each process computes fewer
+    batches per step. The batches become smaller only if the rows could not be shared equally otherwise. They never
+    become larger, because then they might not fit the memory of one process.
 
     Args:
         values: result of :func:`training_values`, for a single process.
@@ -177,7 +177,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Return the TrainingArguments of a run.
 
-    By default a checkpoint is saved each epoch. At the end, the trainer loads the checkpoint with the best `metric`.
+    By default a checkpoint is saved each epoch. If `metric` is given, the trainer loads the best checkpoint at the end.
 
     Args:
         values: result of :func:`training_values`.
@@ -265,7 +265,7 @@ def fit(
         source_cache: cache of source states; None: no cache.
 
     Raises:
-        UserError: there are no rows, or the trainer rejects a value.
+        UserError: there are no rows, the trainer rejects a value, or accelerate sees another number of processes.
         DivergedError: the loss or the weights are not finite.
     """
     if not rows:
@@ -292,7 +292,7 @@ def fit(
         )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
-        # with a cache, the trainer's collator may pad to another width; validation rows are found only with this width
+        # the trainer may have replaced the collator, and the cache finds only rows that the new collator has padded
         predictor.collator = trainer.data_collator
     set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, print_fn))
@@ -322,7 +322,7 @@ def fit(
 
 
 def save(trainer: ExperimentTrainer, folder: Path) -> None:
-    """Save the trained weights with save_pretrained; sharded weights are gathered from all processes."""
+    """Save the trained weights in the format of save_pretrained. Sharded weights are gathered from all processes."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not is_sharded(model)):  # FSDP1
         trainer.save_model(str(folder))

@@ -17,6 +17,9 @@ from .setup import Data, Notes, place_of, task_of, with_targets
 class Plan:
     """One run of the grid.
 
+    fusion: name of the fusion function; None for a method without one.
+    r: rank; None: the default rank.
+    variant: name of the run's folder.
     source_text: source text that the method reads, "gold" (written by people) or "mt" (machine-translated); None if it
         reads none.
     target_text: target text of the training, "gold" or "mt".
@@ -37,7 +40,10 @@ class Plan:
 
     @property
     def train_source(self) -> str | None:
-        """Source text in training: "gold" for the target text "mt", which was translated from the gold source text."""
+        """Source text in training; None if the method reads none.
+
+        An "mt" target text was translated from the gold source text, so its source text in training is "gold".
+        """
         return "gold" if self.source_text is not None and self.target_text == "mt" else self.source_text
 
 

@@ -31,7 +31,7 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
     Args:
         model: name or folder of an MT model.
         target: name of the language in the experiment.
-        language: the language's tag in the MT model; None: looked up in the table of languages.
+        language: the language's tag in the MT model; None: looked up in the table of languages, if the model has tags.
         max_length: maximum tokens per text.
         device: device of the encoder.
 

@@ -1,4 +1,4 @@
-"""Predict the rows of a split: from the logits of an encoder, or by greedy generation with another model."""
+"""Predict the rows of a split from the logits of an encoder, or by greedy generation with the other kinds of model."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ class Predictor:
     def _read(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> list[Any]:
         """Return a batch's predictions from the logits of a head.
 
-        The logits are (B, labels), (B, m, labels) for tags of tokens, or two tensors (B, m) for the start and end of an
-        answer.
+        For B rows of m tokens, the logits are (B, labels), (B, choices) for multiple choice, (B, m, labels) for tags of
+        tokens, or two tensors (B, m) for the start and end of an answer.
         """
         device = next(model.parameters()).device
         if self.form.auto_class == "AutoModelForTokenClassification":

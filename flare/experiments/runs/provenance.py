@@ -11,9 +11,10 @@ FILE = "provenance.json"
 
 
 def read_provenance(translations: Path | None, source: str, target: str, texts: tuple[str | None, ...]) -> Any:
-    """Return the provenance of the translations that a run reads: "<source>-<target>" -> contents of the file.
+    """Return the provenance of the translations that a run reads: direction -> contents of the direction's file.
 
-    Return None if the run reads no translations, or if they have no provenance file.
+    The directions are "<source>-<target>" and "<target>-<source>". A direction without a readable file is left out.
+    Return None if the run reads no translations, or if neither direction has a readable file.
 
     Args:
         translations: output folder of flare translate.

@@ -92,6 +92,6 @@ def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, A
 
 
 def location(name: str) -> str:
-    """Return the absolute path of an existing folder, or a hub id unchanged."""
+    """Return the absolute path of an existing file or folder, or a hub id unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name

@@ -38,8 +38,9 @@ class RunRecord:
 
     kind: "finetune" (fine-tuning of a base), "train" (training of an adapter) or "evaluate" (the base, scored without
         further training).
-    status: "running" until everything is written, then "done"; "diverged" if weights or logits were not finite.
-    task: name of the task ("nusax", "xnli", "tydiqa", "classification", "qa").
+    status: "running" until everything is written, then "done"; "diverged" if weights, losses or logits were not
+        finite.
+    task: name of the task, for example "nusax" or "classification".
     source_language, target_language: names of the languages, as the user wrote them; target_language is None for the
         fine-tuning of a base.
     method: "finetune", "lora", "input-fusion", "x-mixup", "flare", "flare-mt", "zero-shot" or "translate-test".
@@ -178,7 +179,7 @@ def result_line(scores: dict[str, float], metrics: Metrics) -> str:
 def diverged(run: Run) -> str | None:
     """Return which value of a run is not finite, as text, or None if the run did not diverge."""
     if run.record.status == DIVERGED:
-        return "its weights or logits are not finite"
+        return "its weights, losses or logits are not finite"
     bottleneck = run.metrics.bottleneck or {}
     means = [*bottleneck.get("S", []), *bottleneck.get("T", [])]
     if any(isinstance(mean, float) and not math.isfinite(mean) for mean in means):
@@ -210,7 +211,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """Return every run in a folder and below it, finished or not, sorted by path.
 
-    Sub-folders of a run are skipped, and so are the folders earlier-N, which hold the runs that a restart replaced.
+    Sub-folders of a run, symbolic links and hidden folders are skipped, and so are the folders earlier-N, which hold
+    the runs that a restart replaced.
 
     Raises:
         RecordError: the folder is missing, or a run.json or metrics.json in it is damaged.

@@ -1,7 +1,7 @@
-"""Open the folder of one run: start, resume or skip (already finished) the run, or refuse the folder.
+"""Open the folder of one run: start or resume the run, skip a finished run, or refuse the folder.
 
-Existing files are never overwritten. A folder that holds another run or unrelated files is an error. Restarting a run
-first moves the folder of the earlier run into the folder earlier-N next to it.
+Results and checkpoints are never overwritten. A folder that holds another run or unrelated files is an error.
+Restarting a run first moves the folder of the earlier run into the folder earlier-N next to it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
     """Return the state of a run's folder, and write its run.json if the run is new.
 
     Returns:
-        "new", "unfinished" (the same run, to be resumed) or "done".
+        "new" (also for a restarted run), "unfinished" (the same run, to be resumed) or "done".
 
     Raises:
         UserError: the folder holds a run with other settings or files that do not belong to a run, or it is a file.
@@ -174,7 +174,8 @@ def _locked_here(folder: Path) -> Iterator[None]:
 def _record_failure(folder: Path, error: UserError) -> None:
     """Mark a diverged run in its run.json, and delete the run.json of a run that left nothing to resume.
 
-    Otherwise a run that failed to start, for instance because of its data, would look like a run in progress.
+    If its run.json were kept, a run that failed to start (for instance because of its data) would look like a run in
+    progress.
     """
     if not (folder / RUN_FILE).is_file():
         return

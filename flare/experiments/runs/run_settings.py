@@ -63,7 +63,7 @@ class Settings:
         "map", "LABEL=TEXT: the text that a generating model writes for a label (default: the label itself)"
     )
     labels: tuple[str, ...] | None = option(
-        "strs", "labels (default: the task's, or those in the source language's data)"
+        "strs", "labels (default: the task's, or the labels in the source language's data)"
     )
     metric: str | None = option("str", "metric that selects the best checkpoint (default: the task's first metric)")
     max_length: int | None = option(
@@ -93,7 +93,9 @@ class Settings:
     )
     progress: bool = option("bool", "show progress bars", True)
     resume: bool = option(
-        "bool", "resume unfinished runs (--no-resume: restart them and keep the old runs as earlier-N)", True
+        "bool",
+        "skip finished runs and resume unfinished runs (--no-resume: restart both, and keep the old runs as earlier-N)",
+        True,
     )
 
     def check(self) -> None:
@@ -116,7 +118,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Settings):
-    """Options of the commands that train."""
+    """Options of the commands that train.
+
+    training: name -> value of the TrainingArguments fields that the user sets.
+    """
 
     seeds: tuple[int, ...] = option("ints", "seeds, one run for each (default: 0)", (0,))
     alpha: float | None = option("float", "LoRA alpha (default: 2 r, as in the paper, 128 for r = 64)")

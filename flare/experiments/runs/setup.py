@@ -130,7 +130,9 @@ class Setup:
         return {"layout": self.form.layout, "padding": self.recipe.batches["padding"], "max_length": self.max_length}
 
     def load_model(self, quantized: bool = True) -> Any:
-        """Return the base model, ready for adapters; ``quantized=False`` leaves it in 16 or 32 bits.
+        """Return the base model, ready for adapters.
+
+        ``quantized=False`` leaves the weights in 16 or 32 bits and gradient checkpointing off.
 
         Raises:
             UserError: the model cannot be loaded, or its tokenizer does not fit it.

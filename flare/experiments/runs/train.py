@@ -123,7 +123,7 @@ class _Run:
         return self.folder
 
     def _note_changed_rows(self) -> None:
-        """Note and print which rows of a finished run have changed."""
+        """Print which rows of a finished run have changed, and write these notes into its run.json."""
         with contextlib.suppress(UserError):  # a finished run does not need its data
             splits, _ = self._splits()
             for line in note_changed_rows(self.folder, self.plan.name, self._digests(splits)):
@@ -281,7 +281,8 @@ class _Run:
     def _valid(self) -> tuple[list[Pair] | None, list[str]]:
         """Return the validation pairs, or None if there is no validation split, and notes about them.
 
-        The pairs have the source text and the target text (gold or machine-translated) of the training.
+        The pairs have the source text and the target text (gold or machine-translated) of the training. With
+        --train-only-fusion, they have no source text.
         """
         plan = self.plan
         language = self.data.source if plan.target_text == "mt" else plan.target
@@ -299,7 +300,11 @@ class _Run:
         training: bool = False,
         quietly: bool = False,
     ) -> list[dict[str, Any]]:
-        """Return the model rows of a split, which for FLARE MT include the MT encoder's states."""
+        """Return the model rows of a split.
+
+        Rows of FLARE MT include the MT encoder's states. X-Mixup's training rows for questions include the positions of
+        the answers in the source text.
+        """
         make = self.setup.form.train_rows if training else self.setup.form.eval_rows
         rows, messages = make(pairs, with_source=with_source)
         if not quietly:

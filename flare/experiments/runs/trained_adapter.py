@@ -72,8 +72,8 @@ def batch_and_autocast(
 ) -> tuple[int, torch.dtype | None]:
     """Return the rows per batch (default: twice the training batch) and the mixed-precision dtype, or None.
 
-    A GPU uses the mixed precision of the training. A CPU uses it only if the training ran on a CPU, so that adapters
-    trained on a GPU can be scored on a CPU.
+    A GPU uses the mixed precision of the training. A CPU uses it only if the training was set to run on a CPU
+    (use_cpu), so that adapters trained on a GPU can be scored on a CPU.
     """
     values = training_values({**setup.recipe.training, **record.training_arguments}, {})
     half = autocast_of(values) if device.type == "cuda" or values.get("use_cpu") else None

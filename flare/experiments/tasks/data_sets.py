@@ -1,8 +1,8 @@
-"""Data sets of the tasks on the Hugging Face hub: their configurations, their splits, and where English rows come from.
+"""List the tasks' data sets on the Hugging Face hub: configurations, splits, and where their English rows come from.
 
 A data set has one configuration per language. The configuration's name is a code that `.languages` maps to the
-language, or the language's FLORES-200 tag, which is also its NLLB tag. `.registry` lists the columns and labels of each
-task.
+language, or the language's FLORES-200 tag (such as ace_Latn), which is also its NLLB tag. `.registry` lists the columns
+and labels of each task.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Elsewhere:
     """A second data set, from which English rows are read because the first data set lacks them.
 
     Attributes:
-        hub_id: hub id of the second data set, which has the same columns.
+        hub_id: hub id of the second data set, which has the same columns as the first.
         configuration: name of its English configuration.
         note: line that tells the user where the English rows come from.
         renamed: label of the second data set -> label of the task; labels that are not listed are unchanged.
@@ -129,7 +129,7 @@ def english_rows(hub_id: str, name: str, split: str) -> Elsewhere | None:
 
 
 def translatable(data_set: DataSet, source: str) -> tuple[list[str], list[str]]:
-    """Return the names of languages with an NLLB tag, and the names of languages without an NLLB tag.
+    """Return the names of the data set's languages with an NLLB tag, and the names of its languages without one.
 
     The source language is in neither list.
 

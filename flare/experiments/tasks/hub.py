@@ -1,7 +1,7 @@
 """Read rows from the Hugging Face hub.
 
 A data set on the hub has one configuration per language. `.data_sets` lists the configurations of the tasks' data
-sets; for other data sets, the user names the configuration.
+sets. For other data sets, the name that the user gives to a language must be the name of its configuration.
 
 TyDiQA-GoldP is an exception: it has a single configuration ("secondary_task") for all languages, and a row's id starts
 with its language. It has no test split, so its validation split serves as the test split, and a tenth of its training
@@ -32,7 +32,8 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
     """Return one split of one language.
 
     Raises:
-        DataError: the data set, the configuration, the split or a column is missing.
+        DataError: the hub cannot be reached, or the data set, the configuration, the split or a column is missing.
+        UserError: the language is not known, or a data set of `.data_sets` does not have it.
     """
     if hub_id == _TYDIQA:
         return _read_tydiqa(task, hub_id, language, split)

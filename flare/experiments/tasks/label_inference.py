@@ -18,8 +18,8 @@ def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
     A row may have several labels.
 
     Raises:
-        DataError: the labels are numbers with fractions, two labels differ only in case or spaces, or a label occurs in
-            only one of ten or more rows. The message names the row and says what to do.
+        DataError: all labels are numbers and some have a fraction, two labels differ only in case or spaces, or a label
+            occurs in only one of ten or more rows. The message names the row and says what to do.
     """
     labels = [row.label if isinstance(row.label, tuple) else (row.label or "",) for row in rows]
     counts = Counter(label for names in labels for label in names)

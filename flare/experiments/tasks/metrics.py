@@ -83,9 +83,9 @@ def metrics_of(
 
     Args:
         kind: a key of `flare.experiments.tasks.registry.METRICS`.
-        predictions: one per row, in the form of `Example.label`.
+        predictions: one per row, in the form of `Example.label`; for "qa", a text.
         truth: the correct values, one per row, in the form of `Example.label`; for "qa", each row's accepted answers.
-        labels: the task's labels; None: the labels that occur in the data.
+        labels: the task's labels; None: the labels that occur in `truth` (for "multi-label", also in `predictions`).
     """
     if kind == "qa":
         return {"exact_match": exact_match(predictions, truth), "f1": f1(predictions, truth)}

@@ -26,7 +26,8 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
     Args:
         task: determines which columns are read.
         data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
-        language: name of the language's folder; for the hub, a name or code of the language (see `.languages`).
+        language: name of the language's folder; for a data set on the hub that `.data_sets` lists, a name or code of
+            the language (see `.languages`); for another data set on the hub, the language's configuration.
         split: "train", "valid" or "test".
 
     Raises:

@@ -48,7 +48,8 @@ class Task:
     Attributes:
         name: value of --task.
         kind: a key of `METRICS`; see the module's docstring.
-        text_columns: columns of the text, in the order in which a model reads them; choices come last.
+        text_columns: columns of the text, in the order in which an encoder reads them; choices come last. The order in
+            `prompt` may differ.
         labels: names of the classes, in the order of their indices; the letters of a multiple-choice task; None if
             they are not known yet (see `resolve_labels`) or the kind has none.
         metrics: reported metrics, in percent; the first one selects checkpoints.

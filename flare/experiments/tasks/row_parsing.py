@@ -153,7 +153,7 @@ def _id(row: Mapping[str, Any], task: Task) -> str:
 def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ...]:
     """Return the accepted answers of a row.
 
-    They are in the column `answers`, as {"text": [...], "answer_start": [...]} like in SQuAD (written as JSON in a CSV
+    They are in the column `answers`, as {"text": [...], "answer_start": [...]} as in SQuAD (written as JSON in a CSV
     file), or in the columns `answer` and `answer_start`.
     """
     try:

@@ -4,7 +4,7 @@
 .tsv           tab-separated fields; unbalanced quotation marks are read as text
 .json          a list of rows, {"data": [rows]}, or one row per line
 .jsonl         one row per line
-.parquet       one file
+.parquet       the columns of a Parquet file
 .conll, .txt   one word and its tag per line, an empty line after each sentence
 a folder       written by `datasets.Dataset.save_to_disk`
 

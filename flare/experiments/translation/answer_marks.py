@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..tasks import Answer
 
-# Chen et al. found that translation preserves square brackets best. The other pairs are for texts with brackets.
+# Chen et al. found that translation preserves square brackets best. The other pairs are for texts that contain square
+# brackets.
 PAIRS = (("[", "]"), ("{", "}"), ("<", ">"), ("«", "»"))
 # Characters that models write instead of square brackets, mostly in Chinese and Japanese (as in the authors' release).
 _VARIANTS = {"[": "［【《", "]": "］】》"}
@@ -45,13 +46,13 @@ class Marked:
 
 
 def mark(context: str, answer: Answer) -> Marked:
-    """Put marks around an answer.
+    """Return a context with marks around an answer.
 
     If the answer's start is not given, the context must contain the answer exactly once.
 
     Raises:
-        MarksLost: the answer is not at the given start; no start is given and the context does not contain the answer
-            exactly once; or every kind of mark occurs in the context.
+        MarksLost: the answer is blank or not at the given start; no start is given and the context does not contain the
+            answer exactly once; or every kind of mark occurs in the context.
     """
     text, start = answer.text, answer.start
     if start < 0 and text and context.count(text) == 1:
@@ -124,5 +125,5 @@ def _without_extra_spaces(before: str, after: str) -> tuple[str, str]:
 
 
 def _separates_words(character: str) -> bool:
-    """Return whether this is a letter or digit of a script that puts spaces between words."""
+    """Return whether a character is a letter or digit of a script that puts spaces between words."""
     return character.isalnum() and ord(character) < 0x0E00

@@ -46,8 +46,8 @@ class Job:
         split: "train", "valid" or "test".
         rows: the rows of the split in the source language.
         output: folder of translations; the split becomes output/<source_language>-<target_language>/<split>.jsonl.
-        lost_marks: what to do with a QA row whose answer is not found in the translation: "drop" the row, or "keep" the
-            row without answers.
+        lost_marks: what to do with a QA row whose answer cannot be marked or is not found in the translation: "drop"
+            the row, or "keep" the row without answers.
         data: origin of the rows, for provenance.
     """
 
@@ -116,8 +116,9 @@ def translate_split(
         print_fn: called with messages for the user in the main process.
 
     Raises:
-        TranslationError: the folder holds translations with other settings or of other rows, or files that this command
-            did not write, or another process uses it.
+        TranslationError: `job.lost_marks` is unknown; the folder cannot be written to, is used by another process, or
+            holds translations with other settings or of other rows, or files that this command did not write; or no row
+            is left to write.
     """
     if job.lost_marks not in POLICIES:
         raise TranslationError(f"--lost-marks must be one of {', '.join(POLICIES)}; got {job.lost_marks!r}")

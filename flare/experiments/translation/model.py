@@ -201,8 +201,9 @@ def position_limit(config: Any, tokenizer: Any = None) -> int | None:
 def fingerprint(folder: Path) -> str:
     """Return a digest of a model's folder that does not depend on its location or time stamps.
 
-    Weight files contribute their names, sizes and 64 samples of 64 KiB, so that several GB take little time. JSON and
-    tokenizer files contribute all bytes. Other files (a README) are ignored.
+    Weight, JSON and tokenizer files contribute their names, sizes and contents; other files (a README) are ignored. The
+    contents are all bytes, except for weight files of more than 4 MiB. These contribute 64 samples of 64 KiB, so that
+    several GB take little time.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):

@@ -19,7 +19,8 @@ class ProgressFile:
     """File with the finished batches of a translation.
 
     The first line identifies the plan. Every other line is a batch: {"batch": n, "translations": [[text, source_cut,
-    unfinished], ...]} (see `Translated`). An incomplete last line, left by a killed process, is removed.
+    unfinished], ...]} (see `Translated`). An incomplete or unreadable line, left by a killed process or a power cut, is
+    removed together with all lines after it.
 
     Args:
         path: the file; created if it does not exist.

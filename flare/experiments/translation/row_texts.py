@@ -38,9 +38,10 @@ class PreparedRows:
 
 
 def prepare_rows(rows: Sequence[Example], task: Task, policy: str) -> PreparedRows:
-    """Return the texts to translate. The context of a QA row has marks around its answer.
+    """Return the rows that are ready for translation. The context of a QA row has marks around its answer.
 
     If a row has several answers, the first answer that can be marked is translated, and the other answers are counted.
+    If no answer can be marked, the row is dropped, or kept without marks if `policy` is "keep".
     """
     kept: list[Example] = []
     contexts: list[Marked | None] = []

@@ -29,7 +29,8 @@ class Form:
     Attributes:
         layout: the layout that FlareDataCollator needs for the rows.
         auto_class: name of the transformers Auto class that loads a suitable model.
-        model_options: arguments of from_pretrained that the task determines (num_labels, id2label, label2id, ...).
+        model_options: arguments of from_pretrained that the task or the tokenizer determines (num_labels, id2label,
+            pad_token_id, ...).
         max_new_tokens: maximum number of tokens to generate; None if the form reads logits.
         notes: notes for the user about the tokenizer.
 

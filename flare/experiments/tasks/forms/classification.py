@@ -22,9 +22,10 @@ THRESHOLD = 0.5
 
 
 class ClassificationForm(Form):
-    """Form of a sequence classification head, which returns logits (N, number of labels).
+    """Form of a sequence classification head, which returns logits (rows, number of labels).
 
-    A row has the columns input_ids, labels (the index of the label) and, with a source, source_input_ids.
+    A training row has the columns input_ids, labels (the index of the label) and, with a source, source_input_ids. Rows
+    for a pair of texts also have token_type_ids (and source_token_type_ids), if the model reads them.
 
     Attributes:
         problem_type: value of the model configuration's field of this name, which selects the loss; None: the field is
@@ -128,7 +129,7 @@ class ClassificationForm(Form):
 class MultiLabelForm(ClassificationForm):
     """Form of a head that predicts a set of labels, trained by binary cross-entropy for each label.
 
-    The head returns logits (N, number of labels). The column ``labels`` holds 0.0 or 1.0 for each label.
+    The head returns logits (rows, number of labels). The column ``labels`` holds 0.0 or 1.0 for each label.
     """
 
     problem_type = "multi_label_classification"
@@ -153,7 +154,7 @@ class MultiLabelForm(ClassificationForm):
 class RegressionForm(ClassificationForm):
     """Form of a head that predicts a number, trained by the mean squared error.
 
-    The head returns one output (N, 1). The column ``labels`` holds the number.
+    The head returns one number per row, with shape (rows, 1). The column ``labels`` holds the number.
     """
 
     problem_type = "regression"
@@ -177,7 +178,7 @@ class RegressionForm(ClassificationForm):
 
 
 class ChoiceForm(ClassificationForm):
-    """Form of a multiple-choice head, which returns logits (N, number of choices).
+    """Form of a multiple-choice head, which returns logits (rows, number of choices).
 
     The columns input_ids and source_input_ids hold one token sequence per choice, which encodes a pair of texts. If the
     task has one context column, the first text is the context and the second text is the choice. If the task has

@@ -19,7 +19,8 @@ ANSWER_TOKENS = 64
 class GenerativeForm(Form):
     """Base class of the generative forms. It encodes prompts and answers, and turns generated tokens into predictions.
 
-    The target text and the source text (the two streams) are filled into the same prompt template, in English.
+    The target text and the source text (the two streams) are filled into the same prompt template. The
+    default templates are in English.
 
     Attributes:
         longest_prompt: maximum tokens of a prompt.
@@ -116,7 +117,7 @@ class GenerativeForm(Form):
         unchanged and counts as wrong (see `prediction_notes`).
 
         Args:
-            output: the new tokens (N, n) without the prompt, or lists of unequal lengths. -100 is padding.
+            output: the new token ids (rows, tokens) without the prompt, or lists of unequal lengths. -100 is padding.
             pairs: the pairs given to `eval_rows`.
         """
         texts = self._generated(output, pairs)
@@ -230,15 +231,16 @@ class GenerativeForm(Form):
 class CausalForm(GenerativeForm):
     """Form of decoders: a prompt, followed by the label or answer and the end token.
 
-    A row has the columns input_ids, labels (-100 on the prompt), source_input_ids and source_labels. Prompt and answer
-    are tokenized separately, so no token spans both, and the answer starts with a space. Prompts leave room for the
-    longest possible answer, so a batch is never wider than max_length.
+    A training row has the columns input_ids, labels (-100 on the prompt) and, with a source, source_input_ids and
+    source_labels. Prompt and answer are tokenized separately, so no token spans both, and the answer starts with a
+    space. Prompts leave room for the longest possible answer, so a batch is never wider than max_length.
 
-    The source's prompt is the same template with the English text. In training, the English label or answer follows it
-    (``source_labels``), and the collator aligns the first tokens of both answers. Training thereby matches generation,
-    in which the frozen model continues the source's prompt: token t of the target's answer is fused with token t of the
-    source's answer, which is the correct answer in training and the model's own answer in generation. No position of
-    the target is fused with a state that has read a later token of either answer, and `eval_rows` contains no answer.
+    The source's prompt is the template of the target's prompt, filled with the English text. In training, the English
+    label or answer follows it (``source_labels``), and the collator aligns the first tokens of both answers. Training
+    thereby matches generation, in which the frozen model continues the source's prompt: token t of the target's answer
+    is fused with token t of the source's answer, which is the correct answer in training and the model's own answer in
+    generation. No position of the target is fused with a state that has read a later token of either answer, and the
+    rows of `eval_rows` contain no answer.
     (If training left out the source's answer, answer positions would have no source, and generation would give the
     adapters source states that they were never trained on.)
     """
@@ -273,10 +275,10 @@ class CausalForm(GenerativeForm):
 class Seq2SeqForm(GenerativeForm):
     """Form of encoder-decoders: the encoder reads the prompt, the decoder generates the label or answer.
 
-    A row has the columns input_ids, labels, source_input_ids and source_labels. The source's prompt is the same
-    template with the English text. In training, ``source_labels`` holds the English label or answer, so that the
-    decoder fuses as well. In `eval_rows`, ``source_labels`` holds only an end token: if the column is present,
-    generate() fuses in the decoder too, but it does not read the values.
+    A training row has the columns input_ids, labels and, with a source, source_input_ids and source_labels. The
+    source's prompt is the template of the target's prompt, filled with the English text. In training, ``source_labels``
+    holds the English label or answer, so that the decoder fuses as well. In `eval_rows`, ``source_labels`` holds only
+    an end token: if the column is present, generate() fuses in the decoder too, but it does not read the values.
     """
 
     layout = "seq2seq"

@@ -22,9 +22,9 @@ def fill(task: Task, texts: Mapping[str, str]) -> str:
 def cut_to_fit(task: Task, texts: Mapping[str, str], fits: Callable[[str], bool]) -> str | None:
     """Return the longest prompt that fits, with its texts truncated at the end.
 
-    The instruction, a question and choices are never truncated. In a QA task, only the contexts are truncated; in other
-    tasks, all text columns except the choices. These texts get the same maximum number of characters, so the longest
-    text is truncated first.
+    The instruction is never truncated. In a QA task, only the contexts can be truncated, not the questions. In other
+    tasks, all text columns except the choices can be truncated. The texts that can be truncated get the same maximum
+    number of characters, so the longest text is truncated first.
 
     Args:
         task: the task.

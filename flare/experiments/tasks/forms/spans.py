@@ -21,15 +21,17 @@ from .base import Form, Row, as_array
 #: Maximum tokens of a predicted answer.
 MAX_ANSWER_TOKENS = 30
 
-#: Token ids; for each token, whether it belongs to the context; for each token, its characters [begin, end).
+#: Window of an example: token ids; for each token, whether it belongs to the context; and each token's characters
+#: [begin, end) in the question or context.
 Window = tuple[list[int], np.ndarray, list[tuple[int, int]]]
 
 
 class SpanForm(Form):
-    """Form of a question answering head, which returns start logits (N, m) and end logits (N, m).
+    """Form of a question answering head, which returns start logits and end logits, each (rows, tokens).
 
     A training row has the columns input_ids, start_positions (the answer's first token), end_positions (its last token)
-    and, with a source, source_input_ids.
+    and, with a source, source_input_ids. If the model reads token types, it also has token_type_ids (and
+    source_token_type_ids).
     """
 
     layout = "encoder"
@@ -67,7 +69,7 @@ class SpanForm(Form):
         """Return the text of the best span of at most `MAX_ANSWER_TOKENS` tokens in each context.
 
         Args:
-            output: start and end logits, each (N, m).
+            output: start and end logits, each (rows, tokens).
             pairs: the pairs given to `eval_rows`.
             starts: position of each row's first token in the batch; None: 0, as in batches padded on the right. Left
                 padding and input-level fusion put other tokens before the row. To get the positions, collate the rows
@@ -163,7 +165,10 @@ class SpanForm(Form):
         return rows, notes, target_windows
 
     def _windows(self, examples: Sequence[Example]) -> tuple[list[Window], list[list[int]] | None, list[str]]:
-        """Return the window and the token types of every example, and the ids of truncated examples."""
+        """Return the windows and the token types of all examples, and the ids of truncated examples.
+
+        The token types are None if the model reads none.
+        """
         if not examples:
             return [], None, []
         options = {"return_attention_mask": False, "verbose": False}
@@ -222,9 +227,9 @@ def locate(context: str, answer: Answer) -> int | None:
 
 
 def usable_answer(example: Example, context: str) -> tuple[int, int, bool] | None:
-    """Return the characters [begin, end) of the first answer in the context, and whether its given start was wrong.
+    """Return the characters [begin, end) of the first accepted answer in the context, and whether its start was wrong.
 
-    Answers that the context does not contain are skipped. Return None if it contains none of the answers.
+    Answers that the context does not contain are skipped. Return None if the context contains none of the answers.
     """
     for answer in example.answers:
         begin = locate(context, answer)
