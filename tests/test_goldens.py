@@ -1,7 +1,8 @@
 """Compare flare.fast_lora and FlareTrainer with stored results of the rules of the authors' release ("goldens").
 
-tests/goldens/README.md describes the results, which were computed on the versions that the authors pin. The selection of cases in tests/goldens always runs. The environment
-variable FLARE_GOLDENS names a folder with the full set, whose cases run too.
+tests/goldens/README.md describes the results, which were computed on the versions that the authors pin. The selection
+of cases in tests/goldens always runs. The environment variable FLARE_GOLDENS names a folder with the full set, whose
+cases run too.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class Settings:
     progress: bool = option("bool", "show progress bars", True)
     resume: bool = option(
         "bool",
-        "skip finished runs and resume unfinished runs (--no-resume: restart both, and keep the old runs as earlier-N)",
+        "skip finished runs and resume unfinished runs (--no-resume: restart both, and keep the old runs as earlier-N; "
+        "flare evaluate then also replaces the scores of trained adapters in the same setting)",
         True,
     )
 
