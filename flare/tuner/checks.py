@@ -60,9 +60,14 @@ def check_combination(
 ) -> None:
     """Raise ValueError if adapters cannot be combined into one adapter by combining their A and B.
 
-    The fusion phi(S, T) acts on each rank separately, so a combination_type that mixes ranks or factorises B A again
-    (such as 'svd') is not accepted for adapters that fuse. Fusion 'mul' multiplies S and T, so a weight on A would be
-    applied twice. A negative weight w is not accepted, because relu(w z) is not w relu(z).
+    For adapters that fuse:
+
+    - A combination_type that mixes the r columns of S and T or factorises B A again (such as 'svd') is not accepted,
+      because the fusion phi(S, T) acts on each column separately.
+    - Fusions 'mul' and 'mul_relu' are not accepted: they multiply S and T, so a weight on A would be applied twice.
+    - A weight w must be positive, because relu(w z) is not w relu(z) for a negative w.
+
+    Adapters with cross_attention or latent_dim have other trained weights than A and B and cannot be combined.
 
     Args:
         configs: adapter name -> config.
