@@ -33,7 +33,7 @@ def unfused_reason(
     if place.is_cross_attention:
         return "cross-attention does not fuse"
     if config.latent_dim is not None and place.stack in runtime.map.decoders:
-        return "with latent_dim, only an encoder-decoder's encoder fuses, because source_states belong to the encoder's text"
+        return "with latent_dim, only an encoder-decoder's encoder fuses, because source_states are for the encoder"
     name = path.rpartition(".")[2]
     if config.fusion_modules is None:
         if path not in runtime.map.query_and_value:
