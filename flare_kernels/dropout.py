@@ -26,7 +26,8 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-#: Mask bytes per step of the PyTorch implementation. Its temporaries fit a CPU's cache; on a GPU they take ~500 MiB.
+#: Mask bytes that the PyTorch implementation computes at a time. Its temporary tensors then fit in a CPU's cache, and
+#: take about 500 MiB on a GPU.
 _CHUNK_BYTES = {"cpu": 1 << 15, "other": 1 << 22}
 
 

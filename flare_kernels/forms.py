@@ -59,7 +59,7 @@ def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, devi
 
 
 def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key:
-    """Return the key under which a table holds launches of these sizes."""
+    """Return the key of the launch table's entry for these sizes."""
     return Key(step, operands, rank_bucket(rank), bucket(rows, ROW_BOUNDS), bucket(width, WIDTH_BOUNDS))
 
 
@@ -71,8 +71,8 @@ def class_of(
     Args:
         rank: rank of one adapter.
         compute_dtype: dtype of the products' operands.
-        wide: operands with wide rows (x, G, y, A).
-        thin: operands with rows of rank width (T, S, B).
+        wide: operands whose rows are as wide as an input or output of the layer (x, y, G = dL/dy, A).
+        thin: operands whose rows are as wide as the rank (T, S, B).
     """
     # rows of a few elements cannot be aligned, and alignment does not matter for them
     aligned = is_aligned(*wide) and (rank <= 16 or is_aligned(*thin))
@@ -81,7 +81,10 @@ def class_of(
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
-    """Return whether Triton can use 16-byte accesses: addresses and strides (except 1) must be multiples of 16."""
+    """Return whether Triton can use 16-byte accesses.
+
+    Addresses in bytes, and strides in elements (except strides of 1), must be multiples of 16.
+    """
     for x in tensors:
         if x is not None and (x.data_ptr() % 16 or any(s != 1 and s % 16 for s in x.stride())):
             return False

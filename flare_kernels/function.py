@@ -4,8 +4,9 @@ x, T, S, H, A and B are named as in :mod:`flare_kernels.node`. Saved for backwar
 
 * x and x_source as passed, if some A requires grad; never a cast or dropped-out copy of them,
 * T and S in the compute dtype, or only H if phi is linear,
+* A_i, B_i and the frozen weights W_i as passed,
 * the stacked A and B, if they were stacked or cast and are small compared with x,
-* the seed of the dropout masks, which backward regenerates.
+* the seeds of the dropout masks, which backward regenerates.
 
 The public function for projections that share their input is in :mod:`flare_kernels.joint`.
 """
@@ -48,9 +49,10 @@ def needs_plain_operators() -> bool:
 def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
     """Return base_output itself if the result may overwrite it, otherwise a copy.
 
-    A tensor is copied if it is a leaf that requires grad, a view, a part of a larger storage, or shares memory with one
-    of ``others``. A non-contiguous tensor is copied too, because it cannot be accumulated into as (M, n). A
-    ``detach()`` of a whole tensor is indistinguishable from an independent tensor and is overwritten.
+    A tensor is copied if it is a leaf that requires grad, a view, a part of a larger storage, an inference
+    tensor outside of inference mode, or shares memory with one of ``others``. A non-contiguous tensor is copied too,
+    because it cannot be accumulated into as (M, n). A ``detach()`` of a whole tensor is indistinguishable from an
+    independent tensor and is overwritten.
     """
     storage = base_output.untyped_storage()
     addresses = (other.untyped_storage().data_ptr() for other in others if other is not None and other.numel())
@@ -73,7 +75,7 @@ class FusedLoRA(torch.autograd.Function):
         x, x_source: (..., d); x_source may be None.
         seed: dropout seed, () int64, or None.
         source_seed: dropout seed of the source stream; None: ``seed``.
-        A: the stacked A (R, d), or None.
+        A: the stacked A (R, d), where R is the sum of the ranks r_i, or None.
         tensors: in this order: y_i (..., n_i); S (..., columns) if S is passed instead of x_source; A_i (r_i, d) in
             stacking order; B_i (n_i, r_i) in stacking order; the frozen weights W_i (n_i, d) if the node computes dx
             of their products. If no y_i are passed, the node computes the products too, before or after the adapters
@@ -377,7 +379,7 @@ def fused_lora(
         x_source: (..., m, d) source stream, or None.
         base_output: (..., m, n) output of the frozen linear, quantised or not. It is consumed: the result may overwrite
             it, as with ``addmm_``. It is copied first if it is a leaf that requires grad, a view, or shares memory with
-            x or the source.
+            x or the source, and in the other cases of :func:`flare_kernels.function.writable`.
         lora_A: (r, d) as PEFT stores it, shared by both streams.
         lora_B: (n, r) as PEFT stores it.
         scaling: alpha / r.

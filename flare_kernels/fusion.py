@@ -1,7 +1,8 @@
 """The element-wise fusion functions phi(S, T) and their derivatives (FLARE, section 3; docs/how-it-works.md).
 
-Shapes: S and T are (..., m, r): the down-projected source and target stream. H = phi(S, T) has the same shape. Every
-formula here is plain PyTorch; the Triton forms of the same formulas are in ``triton_ops/device.py``.
+Shapes: S and T are (..., m, r): the down-projected source and target stream. H = phi(S, T) has the same shape. dH,
+dT and dS are the gradients of the loss with respect to H, T and S, and [T > 0] is 1 where T > 0 and 0 elsewhere. This
+module computes in plain PyTorch; the Triton functions with the same formulas are in ``triton_ops/device.py``.
 
     add       H = S + T                dT = dH                  dS = dH
     mul       H = S * T                dT = dH * S              dS = dH * T

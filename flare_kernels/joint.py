@@ -1,7 +1,7 @@
 """The public function for projections that share their input (q, k, v): one autograd node for all of them.
 
-Each stream is read once for all adapters, and one launch writes all outputs. If the frozen weights are passed, the node
-also computes dx of the frozen products, accumulated in the same buffer as the adapters' share.
+Each stream is read once for all adapters, and adapters with the same fusion share a launch. If the frozen weights are
+passed, the node also computes dx of the frozen products, accumulated in the same buffer as the adapters' share.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def fused_lora_qkv(
     Raises:
         TypeError, ValueError: as in ``fused_lora``. ValueError also for
 
-            * a name in another argument that base_outputs does not have,
+            * a name in another argument that base_outputs (or weights, if base_outputs is None) does not have,
+            * ``weights`` in which a name of base_outputs is missing,
+            * ``biases`` together with base_outputs, which include them,
             * base_outputs with a graph together with ``weights`` (dx of the frozen products would be counted twice),
             * base_outputs=None without ``weights``, or with weights or biases that require grad.
     """

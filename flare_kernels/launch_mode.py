@@ -100,7 +100,7 @@ def forcing(*, form: str | None = None, table: LaunchTable | None = None, **conf
     """Force a form, a launch table, and configurations by kernel name inside this context. For the tuner and tests.
 
     A step takes ``form`` if it has a form of this name and the call does not exclude it. Whether the device can run the
-    form is not checked. Other steps follow ``table``, on any device.
+    form is not checked. Other steps follow ``table``, if it is given, on any device.
     """
     changes = {"forced_form": form or current.forced_form, "table": table or current.table}
     with _changed(forced={**current.forced, **configs}, **changes):

@@ -1,14 +1,15 @@
 """Launch tables: the tuned launches of one GPU model, written by ``flare bench --tune``, and their lookup.
 
 A table is optional. A launch without an entry follows the general rule of ``triton_ops/config.py``, on any GPU. The
-table is read once per process, from the first of these files that exists:
+table is read once per process, from the first of these files that is a launch table for this GPU:
 
-1. the file named by the environment variable FLARE_LAUNCH_TABLE (an empty value disables all tables),
-2. ``~/.cache/flare-kernels/launch/<gpu>.json``, which the tuner writes,
+1. the file named by the environment variable FLARE_LAUNCH_TABLE. If the variable is set, the files below are not read.
+   An empty value disables all tables.
+2. ``~/.cache/flare-kernels/launch/<gpu>.json``, which the tuner writes.
 3. ``flare_kernels/tables/<gpu>.json``, part of the package.
 
 An entry gives the form (``FORMS`` in ``triton_ops/config.py``) and the tiles of a step for a range of sizes. A file
-that cannot be read is ignored with one warning.
+that is not a launch table or is for another GPU is ignored with one warning.
 """
 
 from __future__ import annotations

@@ -58,7 +58,10 @@ def apply(
     Bs: Sequence[Tensor],
     Ws: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Return y_i + s_i phi_i(S_i, T_i) B_i^T for every output, as new tensors. Arguments as in ``function.apply``."""
+    """Return y_i + s_i phi_i(S_i, T_i) B_i^T for every output, as new tensors.
+
+    The arguments are those of ``function.apply``, and ``seed``, the dropout seed (None: no dropout).
+    """
     streams = [x] if x_source is None else [x, x_source]
     differentiable = [*streams, *Ss, *ys, *As, *Bs]
     save_for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)

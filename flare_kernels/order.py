@@ -9,10 +9,11 @@ where they overlap with the computation. The orders differ in when the intermedi
 orders, the results are as close to float64 results as PEFT's are.
 
 The general rule is ``adapter_first``. An entry of the launch table for the step "order" overrides it. Such an entry is
-looked up by the number of tokens M, the width of the widest adapted output, and the rank r of one adapter. The frozen
-products always run first in layers that compute them outside the node (quantised or with hooks), in the operators for
-``torch.compile``, and in passes that adapt only some rows of a batch. No code of this module runs in a training step
-after the first.
+looked up by the operand class (:mod:`flare_kernels.forms`), the number of tokens M, the width of the widest adapted
+output, and the largest rank of an adapter. The frozen products always run first in layers that compute them outside the
+node (quantised or with hooks), in the operators for ``torch.compile``, in passes that adapt only some rows of a batch,
+and in calls for which :func:`can_run_first` is false. The order is cached, so this module runs only in the first step
+with given shapes.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def can_run_first(
 ) -> bool:
     """Return whether the adapters can run first.
 
-    This requires that x, W_i, biases and the computation have one dtype, that no output has two adapters, and that
-    there are more rows than the decoding kernels take.
+    This requires that there is an adapter, that x, W_i, biases and the computation have one dtype, that no output has
+    two adapters, and that x has more rows than the decoding kernels take.
     """
     if not call.projections or len(set(call.adapted)) < call.count or x.shape[0] <= call.decode_rows:
         return False

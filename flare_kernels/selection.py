@@ -81,10 +81,10 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str |
     """Return the backend that ``backend="auto"`` chooses for tensors on this device in this compute dtype.
 
     * "triton" for 16-bit calls on CUDA devices that can run the kernels. An operation runs in plain PyTorch even then
-      if the launch table (:mod:`flare_kernels.launch_table`) prefers this at its size; :func:`launch_plan` shows the
-      choice.
-    * "torch" on CPUs (also under the interpreter, which is for tests), and for float64 and float32. The kernels have
-      not been timed against cuBLAS in IEEE float32.
+      if the launch table (:mod:`flare_kernels.launch_table`) or, without an entry of the table, the general rule
+      (``triton_ops/config.py``) prefers this at its size; :func:`launch_plan` shows the choice.
+    * "torch" on CPUs (also under the interpreter, which is for tests), on CUDA devices that cannot run the kernels, and
+      for float64 and float32. The kernels have not been timed against cuBLAS in IEEE float32.
     * "reference" for the fusions that combine different token positions.
     """
     if fusion in EAGER_FUSIONS:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-VOCAB, HIDDEN, LAYERS, HEADS, M = 64, 32, 3, 4, 9
+VOCAB, HIDDEN, LAYERS, HEADS, M = 64, 32, 3, 4, 9  # M: padded length of the texts in tokens
 LORA = {"r": 4, "lora_alpha": 8}
 
 _TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
@@ -196,7 +196,7 @@ BASES = {
     "persimmon": Base(
         "PersimmonForCausalLM", "PersimmonConfig", "model.layers", ("query_key_value",), NO_DROP, by_head, True
     ),
-    # the usual layout, with other embeddings, rotary embeddings, head widths or attention windows
+    # separate query, key and value projections; the families differ in embeddings, head widths or attention windows
     "xlm-r (AfroXLM-R)": Base(
         "XLMRobertaForSequenceClassification", "XLMRobertaConfig", "roberta.encoder.layer", ("query", "value")
     ),

@@ -17,7 +17,10 @@ def module(name: str) -> Any:
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository's root, with additional environment variables."""
+    """Run a command in the repository's root, with one thread, without model downloads, and return its output.
+
+    ``environment`` is added to the environment variables. TRITON_INTERPRET, OUT and PYTEST_ADDOPTS are not inherited.
+    """
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT", "PYTEST_ADDOPTS")}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**inherited, **variables})

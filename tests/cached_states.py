@@ -109,7 +109,10 @@ def published(folder: Path, model: Any, *seeds: int) -> None:
 
 
 def reopened(folder: Path, model: Any, *seeds: int, budget: int = MB) -> flare.SourceStateCache:
-    """Open a new cache on a folder, run the batch of each seed, and compare each step with a step without a cache."""
+    """Open a new cache on a folder, and return it after a training step on the batch of each seed.
+
+    Each step is compared with a step without a cache.
+    """
     cache = cache_in("disk", folder, budget)
     batches = [batch_of("bert", seed=seed) for seed in seeds]
     model.set_source_cache(None)
@@ -129,7 +132,7 @@ def silence() -> Any:
 
 
 def request_of(model: Any) -> SourceRequest:
-    """Return the source states that the model's active adapters read."""
+    """Return the description of the source states that the model's active adapters read."""
     return model.source_request()  # type: ignore[no-any-return]
 
 

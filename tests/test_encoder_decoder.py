@@ -226,7 +226,7 @@ def test_latent_states_are_read_by_the_encoder() -> None:
     model, inputs = fused(latent_dim=6).eval(), batch()
     assert {row.reason for row in model.fast_lora_report().declined} == {
         "cross-attention does not fuse",
-        "with latent_dim, only the encoder of an encoder-decoder fuses, because source_states belong to its text",
+        "with latent_dim, only an encoder-decoder's encoder fuses, because source_states are for the encoder",
     }
     latent = torch.randn(3, 7, 6, dtype=torch.float64)
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}

@@ -69,7 +69,7 @@ class SourceTokens(TrainerCallback, ExportableState):
 
 
 class SourceCacheCallback(TrainerCallback):
-    """Callback that binds the cache to the model, writes new rows to disk, and prints a summary at the end."""
+    """Callback that binds the cache to the model, reads and writes its files, and prints a summary at the end."""
 
     def __init__(self, cache: SourceStateCache) -> None:
         self.cache = cache
@@ -96,7 +96,9 @@ class SourceCacheCallback(TrainerCallback):
 
 
 class FlareTrainer(Trainer):
-    """transformers.Trainer for rows of two texts. Rows without a source give the same results as with Trainer.
+    """transformers.Trainer for rows of two texts.
+
+    Without gradient accumulation, rows without a source give the same results as with Trainer.
 
         model = flare.fast_lora(model, r=64, lora_alpha=128)
         rows = [{"input_ids": [...], "source_input_ids": [...], "labels": 1}, ...]
@@ -156,7 +158,7 @@ class FlareTrainer(Trainer):
             self._use_cache(source_cache)
         self.cuda_graphs = cuda_graphs
         self._graphed_step: GraphedStep | None = None
-        if cuda_graphs:  # a weight cast outside a graph would be stale in its replays
+        if cuda_graphs:  # replays of a graph would read an old weight from autocast's cache
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
     def _check_tokenizer(self, collator: FlareDataCollator) -> None:
@@ -195,7 +197,7 @@ class FlareTrainer(Trainer):
         )
 
     def _log_cache(self, logs: dict[str, float]) -> None:
-        """Add the cache's size and hit rate to the logs.
+        """Add the cache's hit rate, size and saved seconds to the logs of training, not to those of an evaluation.
 
         The rate counts rows since the previous log. In the last log it counts all rows of the run.
         """
@@ -339,7 +341,8 @@ class FlareTrainer(Trainer):
     ) -> tuple[list, Tensor | int | None]:
         """Return the micro-batches of one step, and the number of items over which their loss is averaged.
 
-        The items are labelled tokens or rows. For question answering, they are rows.
+        The items are the labels that are not -100, of tokens or of rows. For question answering, they are the rows. The
+        number is None if Trainer averages the loss over each micro-batch separately.
         """
         if self.cuda_graphs and self.args.world_size == 1:
             device = torch.device("cpu")  # the batches are on the CPU, and moving the count would wait for the GPU
@@ -378,7 +381,7 @@ class FlareTrainer(Trainer):
         return self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.args.n_gpu <= 1
 
     def _items(self, inputs: dict[str, Tensor | Any]) -> Tensor | None:
-        """Return the number of labelled items in a micro-batch, counted as Trainer counts the whole batch."""
+        """Return the number of items in a micro-batch, as in get_batch_samples; None without labels or answer spans."""
         labels = inputs.get("shift_labels", inputs.get("labels"))
         if isinstance(labels, Tensor):
             shifted = "shift_labels" not in inputs and _compat.loss_shifts_labels(self)
@@ -411,7 +414,7 @@ class FlareTrainer(Trainer):
         self.state.num_input_tokens_seen += seen
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Return Trainer's estimate for the target, plus 2 FLOPs per parameter and source token for the source pass."""
+        """Return Trainer's estimate for the target, plus 2 FLOPs per source token and parameter (no embeddings)."""
         operations: int = super().floating_point_ops(inputs)
         ids = inputs.get("source_input_ids")
         if ids is not None and hasattr(self.model, "num_parameters"):

@@ -147,6 +147,6 @@ def _digest(body: str) -> str:
 
 
 def _normalized(body: str) -> str:
-    """Return the text without trailing white space, empty lines, and the section of versions that PEFT adds."""
+    """Return the text without empty lines, white space at line ends, and PEFT's section of versions."""
     lines = [line.rstrip() for line in body.splitlines() if not line.startswith(("- PEFT ", _VERSIONS))]
     return "\n".join(line for line in lines if line)

@@ -33,7 +33,7 @@ def unfused_reason(
     if place.is_cross_attention:
         return "cross-attention does not fuse"
     if config.latent_dim is not None and place.stack in runtime.map.decoders:
-        return "with latent_dim, only the encoder of an encoder-decoder fuses, because source_states belong to its text"
+        return "with latent_dim, only an encoder-decoder's encoder fuses, because source_states are for the encoder"
     name = path.rpartition(".")[2]
     if config.fusion_modules is None:
         if path not in runtime.map.query_and_value:
@@ -60,9 +60,14 @@ def check_combination(
 ) -> None:
     """Raise ValueError if adapters cannot be combined into one adapter by combining their A and B.
 
-    The fusion phi(S, T) acts on each rank separately, so a combination_type that mixes ranks or factorises B A again
-    (such as 'svd') is not accepted for adapters that fuse. Fusion 'mul' multiplies S and T, so a weight on A would be
-    applied twice. A negative weight w is not accepted, because relu(w z) is not w relu(z).
+    For adapters that fuse:
+
+    - A combination_type that mixes the r columns of S and T or factorises B A again (such as 'svd') is not accepted,
+      because the fusion phi(S, T) acts on each column separately.
+    - Fusions 'mul' and 'mul_relu' are not accepted: they multiply S and T, so a weight on A would be applied twice.
+    - A weight w must be positive, because relu(w z) is not w relu(z) for a negative w.
+
+    Adapters with cross_attention or latent_dim have other trained weights than A and B and cannot be combined.
 
     Args:
         configs: adapter name -> config.

@@ -54,7 +54,7 @@ def fast_lora(
     strict: bool = False,
     **overrides: Any,
 ) -> PeftModel:
-    """Add LoRA adapters whose query and value projections fuse a source text with the target text.
+    """Add LoRA adapters that fuse a source text with the target text in the query and value projections.
 
     Example::
 
@@ -82,8 +82,9 @@ def fast_lora(
     Raises:
         TypeError: ``model`` or ``config`` has the wrong type, or an override is not a field of FlareConfig.
         ValueError: the model's blocks or its query and value projections cannot be found, no module fuses, a name in
-            ``fusion_modules`` matches no LoRA module, an override contradicts a trained adapter, or a module cannot
-            fuse and ``strict`` is set.
+            ``fusion_modules`` matches no LoRA module, or a module cannot fuse and ``strict`` is set. For a PeftModel:
+            its adapters are not LoRA, are FLARE adapters already or are merged, or ``config`` or an override
+            contradicts a trained adapter.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model or a peft.PeftModel, got {type(model).__name__}")

@@ -57,7 +57,7 @@ def masked_cross_attention(
         source_bottleneck: S (B, m, r), instead of x_source; None if ``x_source`` is given.
         dropout_p: probability of dropping an entry of x and x_source.
         training: whether dropout is active.
-        weights: weights and biases of query, key and value.
+        weights: the parameters of :class:`CrossAttention` by name: "query.weight", "query.bias" and so on.
         heads: number of attention heads.
         mask: (mask, causal): the target's mask (B, m), nonzero at tokens, and whether later positions are masked too.
     """

@@ -1,4 +1,4 @@
-"""Linear layers that compute query, key and value together: which rows of the weight belong to which of the three."""
+"""Find the rows of query, key and value in the weight of a linear layer that computes all three."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ _ROWS: dict[str, Callable[[Any], RowsOfQKV]] = {
 def rows_of_qkv(config: Any, width: int | None) -> RowsOfQKV | None:
     """Return the row layout of a projection of query, key and value with ``width`` outputs.
 
-    The result is None if the config's model_type is not known, or if its layout has another number of rows.
+    The result is None if the config's model_type is not known, or if the layout of this model_type does not have
+    ``width`` rows.
     """
     layout = _ROWS.get(getattr(config, "model_type", ""))
     rows = None if layout is None else layout(config)

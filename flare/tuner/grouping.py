@@ -15,7 +15,10 @@ _NAMES = QUERY_NAMES + KEY_NAMES + VALUE_NAMES
 
 
 def make_sites(model: nn.Module) -> None:
-    """Assign a site to every adapter layer of a model, in place of earlier sites."""
+    """Remove a model's sites, and assign a new site to every adapter layer and to its siblings.
+
+    A sibling is a frozen nn.Linear that reads the same input; its class becomes SiblingLinear.
+    """
     remove_sites(model)
     adapted = {path: module for path, module in model.named_modules() if isinstance(module, FlareLayer)}
     for parent_path in dict.fromkeys(path.rpartition(".")[0] for path in adapted):

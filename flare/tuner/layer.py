@@ -1,4 +1,4 @@
-"""The adapter layers: PEFT's LoRA linears, whose adapters flare_kernels computes and fuses with the source text.
+"""The adapter layers: PEFT's LoRA linears, in which flare_kernels computes the adapters and the fusion.
 
 PEFT creates each layer, with a class that depends on the frozen layer (plain or quantised). :func:`convert_layer` then
 changes the layer's class to a subclass of PEFT's class. Parameters, names, hooks and optimizers are unaffected. In
@@ -91,8 +91,8 @@ class FlareLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the frozen layer's output plus the output of each active adapter, (..., m, n), for x (..., m, d).
 
-        During a source pass, return the frozen layer's output only. PEFT's forward runs if adapters are disabled or
-        merged, or if ``adapter_names`` assigns adapters to rows.
+        During a source pass, unmerge merged adapters and return the frozen layer's output only. PEFT's forward runs if
+        adapters are disabled or merged, or if ``adapter_names`` assigns adapters to rows.
 
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
@@ -185,7 +185,8 @@ class FlareLayer:
     def source_of(self, adapter: str, context: SourceContext | None) -> tuple[str | None, Tensor | None, Tensor | None]:
         """Return (fusion, x_source (..., m, d), S (..., m, r)) for an adapter; all three are None for plain LoRA.
 
-        With a fusion, only one of x_source and S is a tensor, and the other is None.
+        An adapter is plain LoRA if it does not fuse in this layer or if the call has no source. With a fusion, only one
+        of x_source and S is a tensor, and the other is None.
         """
         fusion = self.flare_fusion.get(adapter)
         if context is None or fusion is None:
@@ -371,7 +372,8 @@ def convert_layer(module: nn.Module, key: str) -> str:
     module.flare_fusion, module.flare_unmergeable = {}, {}
     module.flare_key, module.flare_rows = key, None
     module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
-    # PEFT's hotswap removes three parts of a weight's path to find scaling, which for cross-attention leads here
+    # PEFT's hotswap removes the last three parts of a weight's path and reads ``scaling`` of the module at that path,
+    # which for the weights of cross-attention is this ModuleDict
     module.lora_cross_attention.scaling = module.scaling
     return ""
 
@@ -407,7 +409,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def weight_of(layer: FlareLayer, adapter: str) -> torch.nn.Parameter:
-    """Return lora_A's weight (r, d) of an adapter."""
+    """Return the weight (r, d) of an adapter's lora_A, computed anew if it is pruned."""
     A = layer.lora_A[adapter]
     for hook in A._forward_pre_hooks.values() if A._forward_pre_hooks else ():
         if isinstance(hook, BasePruningMethod):  # pruning computes the weight before each call of lora_A

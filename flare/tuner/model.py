@@ -1,4 +1,4 @@
-"""The PEFT tuner: LoRA computed by flare_kernels, whose query and value adapters fuse a source and a target text."""
+"""The PEFT tuner. It computes LoRA with flare_kernels, and fuses source and target in query and value projections."""
 
 from __future__ import annotations
 
@@ -165,7 +165,10 @@ class FlareModel(LoraModel):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: FlareConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return an adapter's weights. Warn if shards were not gathered, which PEFT does only for the type LORA."""
+        """Return an adapter's weights. Warn if they are shards that were not gathered.
+
+        PEFT gives this warning only for the type LORA.
+        """
         weights: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         warn_of_shards(weights, adapter_name=adapter_name)
         return weights
@@ -270,7 +273,8 @@ class FlareModel(LoraModel):
 
         Raises:
             TypeError: an argument is not a tensor of the accepted dtype.
-            ValueError: a shape is wrong, or no active adapter fuses.
+            ValueError: a shape is wrong, the active adapters do not fuse or fuse in the decoder only, or an active
+                adapter has latent_dim.
         """
         runtime = self._runtime()
         source = {"source_input_ids": source_input_ids, "source_attention_mask": source_attention_mask}
@@ -287,8 +291,8 @@ class FlareModel(LoraModel):
 
         Raises:
             TypeError: ``cache`` is not a SourceStateCache.
-            ValueError: the cache is bound to another base model, base weights are trained, or the active adapters need
-                no source pass, or their source pass is random (source_dropout=True).
+            ValueError: the cache is bound to another base model, base weights are trained, the active adapters need no
+                source pass, or the source pass is random (source_dropout=True).
         """
         runtime = self._runtime()
         if cache is not None:
@@ -299,7 +303,7 @@ class FlareModel(LoraModel):
         runtime.source_cache = cache
 
     def source_request(self) -> SourceRequest:
-        """Describe the source states that the active adapters read, for a :class:`flare.SourceStateCache`."""
+        """Return a description of the source states that the active adapters read, for a SourceStateCache."""
         runtime = self._runtime()
         active = runtime.active_uses()
         adapters = active.of_both.adapters

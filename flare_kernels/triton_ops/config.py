@@ -1,9 +1,9 @@
 """The general rule for launch configurations: the tiles of a kernel if no tuned table has an entry for the launch.
 
-The rule depends on dtypes, rank, alignment and shared memory only, and always selects a row of the constants in this
-module. There is no autotuning, so the same call on the same GPU model always runs the same code.
-:mod:`flare_kernels.aot` compiles every row ahead of time. A tuned table (:mod:`flare_kernels.launch_table`), which
-``flare bench --tune`` measures, overrides the rule for the launches that it lists.
+The rule depends on dtypes, rank, alignment and shared memory only. It selects a row, which holds tile sizes and launch
+options, from the tables in this module. There is no autotuning, so the same call on the same GPU model always runs the
+same code. :mod:`flare_kernels.aot` compiles every row ahead of time. A tuned table (:mod:`flare_kernels.launch_table`),
+which ``flare bench --tune`` measures, overrides the rule for the launches that it lists.
 """
 
 from __future__ import annotations

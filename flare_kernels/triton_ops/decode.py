@@ -1,4 +1,4 @@
-"""The forward pass of the adapters for a few tokens (decoding): two launches for all projections, at any width.
+"""The forward pass of the adapters for a few tokens (decoding), in two launches for all projections.
 
 Shape legend: M tokens, K input width, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S.
 
@@ -182,7 +182,7 @@ def expand_decode_kernel(
 
     T is the sum of its splits in the workspace. S is the sum of its splits in the workspace if STREAMS is 2, and the
     argument S_i (M, R) otherwise. y_i, out_i (M, N_i); B_i (N_i, R). If SAVE, the first tile of each projection also
-    stores T and S (M, COUNT R) for a backward pass; for "add", it stores T + S in T.
+    stores T and S (M, COUNT R) for a backward pass. For plain LoRA, only T is stored; for "add", only T + S, in T_out.
     """
     i_m = tl.program_id(0)
     i_n = tl.program_id(1)

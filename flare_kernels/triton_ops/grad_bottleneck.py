@@ -2,16 +2,16 @@
 
     dH_i = scaling_i G_i B_i, through phi to dT_i and dS_i        dB_i = scaling_i G_i^T phi(S_i, T_i)
 
-Shape legend: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T, S, dT and dS.
+G_i = dL/dy_i. Shapes: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T, S, dT and dS.
 
 There are two kinds of programs. A *row program* computes BLOCK_M rows of one dH_i in a loop over N_i. A *strip program*
 computes dB_i for BLOCK_N columns of one G_i in a loop over a chunk of the rows. Both kinds loop in steps of BLOCK_K and
-run in the same launch. The forms differ in the order of the programs:
+run in the same launch. The two forms with this kernel differ in the order of the programs:
 
-triton        chunk by chunk, the row programs of a chunk before its strip programs, which then read the chunk of G from
-              the L2 cache
-rows_first    all row programs before all strip programs: the programs that take longest start first, so fewer
-              multiprocessors are idle at the end of the launch
+triton        Programs run chunk by chunk. In a chunk, row programs come before strip programs, which then read the
+              chunk of G from the L2 cache.
+rows_first    All row programs come before all strip programs. Row programs take longest, so if they start first, fewer
+              multiprocessors are idle at the end of the launch.
 
 A form that reads G only once would move more bytes in partial sums than it saves (benchmarks/bytes_moved.py).
 """
@@ -109,8 +109,8 @@ def grad_bottleneck_kernel(
     rows each. Within a group, row programs are numbered before strip programs.
 
     G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is the
-    phi with which H is computed for dB. FUSION_GRAD is the phi whose derivatives are applied to dH, or 0 if only
-    dT = dH is required.
+    phi with which H is computed for dB. FUSION_GRAD is the phi whose derivatives are applied to dH, or 0
+    for plain LoRA and "add", for which only dT = dH is written.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
     n_tiles_0 = tl.cdiv(N_0, BLOCK_N) if STRIPS else 0
@@ -234,7 +234,7 @@ def grad_bottleneck(
         dB_i (N_i, R), slices of one buffer; None if B_grad_dtype is None.
 
     Raises:
-        ValueError: dB is required without T, or no gradient is required.
+        ValueError: dB is required without T, or neither T nor dT is given.
     """
     if fusion is None:
         S = None

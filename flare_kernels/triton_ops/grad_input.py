@@ -1,4 +1,4 @@
-"""The adapter's share of dL/dx.
+"""The adapter's share of dL/dx: dx = dT A, masked and scaled under dropout.
 
 Shape legend: M tokens, K input width, R rank.
 """
@@ -154,7 +154,7 @@ def _plan(
         return form, None
     config = tiles["grad_input"]
     m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
-    # if there are more tiles than the target number of programs, a program computes several tiles of K from one dT
+    # if there are more tiles than the target number of programs, a program computes several tiles along K
     tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(config.programs, m_tiles)))
     return form, Launcher(
         mode,

@@ -1,6 +1,6 @@
 """Device functions of :mod:`flare_kernels.triton_ops.grad_bottleneck`: a tile of dT and dS, and a tile of dB.
 
-Shape legend: M tokens, N output width, R rank.
+G is dL/dy of one projection. Shape legend: M tokens, N output width, R rank.
 """
 
 import triton

@@ -59,7 +59,8 @@ class Launcher:
     """A launch of a plan, with all arguments except the tensors.
 
     ``launcher.run(*tensors, *launcher.constants)`` launches the kernel. Every kernel takes its tensors (or None) first.
-    The first run is an ordinary ``kernel[grid](...)``. Later runs call the compiled kernel directly.
+    The first run is an ordinary ``kernel[grid](...)``. Later runs call the compiled kernel directly. If the mode
+    records launches or leaves out kernels, ``run`` appends to the mode's list and launches nothing.
     """
 
     __slots__ = ("_device", "_grid", "_jit_launch", "_mode", "_name", "constants", "run")
@@ -164,7 +165,7 @@ def _cuda_shared_bytes(index: int) -> int:
 def fits_descriptor(dtype: torch.dtype, *matrices: Tensor | None) -> bool:
     """Return whether tensor descriptors can read these matrices.
 
-    This requires that all have this dtype, contiguous rows, and addresses and row strides of 16-byte multiples.
+    They must have this dtype, contiguous rows, and addresses and row strides that are multiples of 16 bytes.
     """
     for x in matrices:
         if x is not None:
@@ -232,7 +233,7 @@ def form_for(
         step: a key of ``FORMS``.
         rank: as in :class:`~flare_kernels.launch_table.Key`.
         compute_dtype: dtype of the products' operands.
-        wide, thin: operands with wide rows (x, G, y, A) and with rows of rank width (T, S, B).
+        wide, thin: the operands, as in :func:`flare_kernels.forms.class_of`.
         rows, width: as in :class:`~flare_kernels.launch_table.Key`.
         excluded: forms that this call cannot take.
     """

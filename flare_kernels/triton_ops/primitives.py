@@ -17,8 +17,8 @@ with either module.
 
 All sums are float32. Float32 operands are multiplied in IEEE float32, never TF32. The same call gives the same bits.
 A primitive may have several implementations, called forms (``FORMS`` in ``config.py``). :mod:`flare_kernels.forms`
-chooses the form of a call. The functions of this module always run kernels. ``backend="auto"`` uses the functions in
-:data:`tuned`, which also take the plain PyTorch form if the launch table or the general rule prefers it.
+chooses the form of a call. The functions of this module never take the form "torch" (plain PyTorch). ``backend="auto"``
+uses the functions in :data:`tuned`, which take this form if the launch table or the general rule prefers it.
 """
 
 from __future__ import annotations

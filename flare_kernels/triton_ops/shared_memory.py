@@ -1,6 +1,6 @@
 """Lower bound of the shared memory that a kernel needs, computed before it is compiled.
 
-It counts the tiles that the compiler's pipeline keeps in shared memory, for two streams of 2-byte operands. The
+The bound counts the tiles that the compiler's pipeline keeps in shared memory, for two streams of 2-byte operands. The
 compiler may need more, for layout conversions. Because this is a lower bound, no configuration that fits is rejected.
 """
 

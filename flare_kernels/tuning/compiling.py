@@ -53,7 +53,10 @@ class Compiler:
         return len(self._futures)
 
     def wait(self, problem: Problem, seconds: float) -> bool:
-        """Wait for the kernels of a problem for at most this many seconds, and return whether they are compiled."""
+        """Wait for the kernels of a problem for at most this many seconds, and return whether all are done.
+
+        A kernel whose compilation failed is done too.
+        """
         timeout = None if seconds == float("inf") else max(0.0, seconds)
         return not concurrent.futures.wait(self._of_problem[problem], timeout).not_done
 

@@ -25,7 +25,7 @@ FUSION = "add_relu"
 
 @dataclass(frozen=True)
 class Shape:
-    """Query and value projection of one block: input width d, output ``widths``. Shapes of a lower tier come first."""
+    """Query and value projection of one block: input width d, output ``widths``. Lower tiers are tuned first."""
 
     name: str
     d: int
@@ -120,7 +120,8 @@ def problems(
     """Yield one problem per entry of the launch table: every step at every size, the most used sizes first.
 
     The order is: tiers of the shapes, then ranks, tokens and shapes in the order of the arguments. The step decode is
-    measured for few tokens only, the other steps for many tokens only.
+    measured at the sizes that its kernels take (few tokens and a rank of at most MAX_RANK), the other steps at all
+    other sizes.
     """
     from ..triton_ops.decode import MAX_RANK, MAX_ROWS
 

@@ -62,7 +62,10 @@ def _cell(value: float | None, width: int = 9, digits: int = 1) -> str:
 
 
 def distances(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Return time, lower bound and their ratio for each step at each size, for the table's ``about``."""
+    """Return time, lower bound and their ratio for each problem, for the table's ``about``.
+
+    Problems without a valid variant and of the step "order", which has no lower bound, are left out.
+    """
     rows = []
     for m in measurements:
         if m.best is not None and m.floor_us is not None:

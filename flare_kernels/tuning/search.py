@@ -76,7 +76,7 @@ def _copies(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: float) -> Measurement:
-    """Time every variant of a problem that compiles, runs and is correct.
+    """Return the measurement of a problem. A variant is timed if it compiles, runs and gives correct results.
 
     ``copy_rate``: bytes per microsecond that a copy reads and writes.
     """

@@ -33,16 +33,17 @@ class Timer(Protocol):
 
 
 class DeviceTimer:
-    """A :class:`Timer` with CUDA events, in which the host queues all launches of a round before the device starts.
+    """A :class:`Timer` with CUDA events. The host queues all launches of a round before the device starts them.
 
-    A round has ``calls`` calls, which are timed together.
-    Many kernels take less time than their launch takes on the host. The device therefore sleeps while the host queues
-    the round. The round is valid if the host has queued all of its calls before the device reaches the first event.
+    A round has ``calls`` calls, which are timed together. Many kernels take less time than their launch takes on the
+    host. The device therefore sleeps while the host queues the round. The round is valid if the host has queued all of
+    its calls before the device reaches the first event.
     """
 
     def __init__(self, calls: int = 10) -> None:
         self.calls = calls
-        #: length of the next sleep: twice the time that the host took to queue the previous round
+        #: length of the next sleep in clock cycles: at least _MIN_CYCLES and twice the time that the host took to queue
+        #: the previous round. After a round that is not valid, also at least twice the previous sleep.
         self.cycles = _MIN_CYCLES
 
     def __call__(self, run: Callable[[Inputs], object], inputs: list[Inputs], *, rounds: int) -> float:
