@@ -1,4 +1,4 @@
-"""FlareLM extends HFLM (lm-evaluation-harness's class for transformers models) for adapters that fuse two texts.
+"""FlareLM extends HFLM, lm-evaluation-harness's class for transformers models, to adapters that fuse two texts.
 
 Such an adapter reads the prompt of a request together with a source prompt, such as the same prompt in English.
 """
@@ -44,8 +44,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
     If the adapter fuses two texts, it reads the prompt of each request together with a source prompt (see
     :class:`.source_prompts.SourcePrompts`). Both prompts have the layout of :class:`flare.FlareDataCollator` in
     training: they are padded on the left, and continuations are padded on the right. A continuation that is scored is
-    also appended to the source prompt. If the continuation is one of the document's texts, the source of that text is
-    appended instead. Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves
+    also appended to the source prompt, or, if it is one of the document's texts, that text in the source language. Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves
     like HFLM.
 
     Args:
@@ -197,9 +196,9 @@ class FlareLM(HFLM):  # type: ignore[misc]
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text generated after each context.
+        """Return the text generated after each context (prompt).
 
-        If sources are read, the model also reads the context's source.
+        If sources are read, the model also reads the source prompt.
         """
         if self.sources is not None:
             requests = [self._with_source(request) for request in requests]
