@@ -38,7 +38,7 @@ NO_SOURCE_LABELS_WARNING = (
 
 
 def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
-    """Install the hooks on the model. They run before those of flare.source.hooks, which remove the source arguments."""
+    """Install the hooks on the model. They run before flare.source.hooks, which removes the source arguments."""
     runtime.handles += [
         model.register_forward_pre_hook(_before_model, with_kwargs=True, prepend=True),
         model.register_forward_hook(_after_model, with_kwargs=True),
@@ -179,10 +179,12 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
 def _hide_answers(
     streams: Streams, inputs: dict[str, Any], ids: Tensor, labels: Tensor, source_labels: Tensor | None
 ) -> None:
-    """Hide the answers of causal rows, in which the labels are part of the text.
+    """Hide the answers of both texts. In causal rows, the text contains the answer.
 
-    The target cannot attend to the source's answer, and the target's answer does not count in the entropy from which
-    lambda, the share of the mixed-in source, is computed. Without source_labels, the source's answer starts in the column of the target's first label, where FlareDataCollator
+    The target cannot attend to the source's answer. The target's answer is left out of the entropy from which lambda
+    (the weight of the source in the mix) is computed.
+
+    Without source_labels, the source's answer starts in the column of the target's first label, where FlareDataCollator
     puts it.
     """
     columns = torch.arange(labels.shape[1], device=labels.device)

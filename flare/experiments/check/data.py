@@ -83,7 +83,7 @@ class DataCheck:
 
     target: name of the language.
     pairs: split -> number of rows used.
-    left_out: notes about rows that are not used.
+    left_out: notes of `load_pairs`, for example about rows that are not used.
     examples: the first training rows, each {"id", "target", "source", "label"}.
     labels: split -> label -> number of rows. In token classification, it is the number of words.
     lengths: tokens per text of each split and language.
@@ -109,7 +109,7 @@ def check_data(
     Args:
         target, source: names of the languages.
         splits: split -> its pairs.
-        notes: notes of `load_pairs` about the pairs.
+        notes: notes of `load_pairs` about the pairs, for example how many rows were dropped.
         setup: tokenizer, maximum length, and the form, which converts rows of the task for the model.
         shown: the first `shown` training pairs are copied into `examples`.
     """

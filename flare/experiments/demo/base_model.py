@@ -58,7 +58,7 @@ class BaseConfig:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a WordPiece tokenizer for both languages.
 
-    Its vocabulary has the words of both languages without case and tense suffixes, and the suffixes as ``##suffix``.
+    Its vocabulary lists the words of both languages without suffixes, and the suffixes as ``##suffix``.
     """
     words = english_words()
     pieces = [*_SPECIAL_TOKENS, ".", *words, *map(vemari_word, words), *(f"##{suffix}" for suffix in SUFFIXES)]
@@ -209,8 +209,8 @@ def _mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the input ids and the labels for masked-language modelling.
 
-    A random `share` of the tokens, except special tokens, is chosen. As in BERT, 80 % of the chosen tokens become [MASK], 10 % become a random
-    token, and 10 % stay. The label of a token that is not chosen is -100.
+    A random `share` of the tokens, except special tokens, is chosen. As in BERT, 80 % of the chosen tokens become
+    [MASK], 10 % become a random token, and 10 % stay. The label of a token that is not chosen is -100.
     """
     special = torch.tensor(tokenizer.all_special_ids)
     draw = torch.rand(input_ids.shape, generator=generator)

@@ -1,10 +1,10 @@
 """Compare zero-shot, plain LoRA, input-level fusion and FLARE, all from the same fine-tuned base model.
 
-Zero-shot is the base model without an adapter and is not trained further. The other methods share rows, seeds, rank,
-learning rate, schedule, epochs, batch size, trainer and kernels, and differ in what they read. Zero-shot and plain
-LoRA read only the target text. FLARE and input-level fusion also read the source text. They run twice: with the
-unchanged source text ("gold"), and with a source text in which some words are lost or replaced ("noisy"), in training
-and at test time.
+Zero-shot is the base model without an adapter and is not trained further. The other methods have the same rows, seeds,
+rank, learning rate, schedule, epochs, batch size, trained head, trainer and kernels. They differ in what they read.
+Zero-shot and plain LoRA read only the target text. FLARE and input-level fusion also read the source text. They run
+twice: with the unchanged source text ("gold"), and with a source text in which some words are lost or replaced
+("noisy"), in training and at test time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ METHODS = ("zero-shot", "lora", "input-fusion", "flare")
 WARM_UP = 0.1  # share of the training steps in which the learning rate rises
 TIMER_WARM_UP = 3  # number of first steps that seconds_per_step leaves out
 EVAL_BATCH = 100
-# Added to a run's seed for the seed of the noise. They differ, so that training and test sources are damaged differently.
+# The seed of the noise is one of these plus the run's seed. They differ, so that training and test sources are damaged
+# differently.
 _NOISE_TRAIN, _NOISE_TEST = 1_000, 2_000
 
 
@@ -304,7 +305,7 @@ class Experiment:
 
 
 def macro_f1(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> float:
-    """Return the mean F1 of the classes in percent. The F1 of a class is 0 if it does not occur and is not predicted."""
+    """Return the mean F1 of the classes in percent. A class that neither occurs nor is predicted has F1 0."""
     scores = []
     for index in range(classes):
         correct = ((predicted == index) & (truth == index)).sum().item()

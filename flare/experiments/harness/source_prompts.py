@@ -69,7 +69,8 @@ class SourcePrompts:
         """Return the source prompt and the source continuation of a request; the continuation is empty for generation.
 
         Raises:
-            UserError: the document has no source, or the texts to replace are missing or occur twice in the prompt.
+            UserError: the document has no source, the prompt contains none of the texts to replace, or it contains one
+                of them more than once.
         """
         where = f"task {request.task_name}, document {request.doc_id}"
         context = str(request.args[0])

@@ -1,4 +1,4 @@
-"""Count the operators and Triton kernels that code launches, and the calls of modules, for example in a training step."""
+"""Count the operators, Triton kernels and module calls of a training step, or of any other code."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class Storages:
             count_as: bytes to count instead of the size of the storage. None: the size.
 
         Returns:
-            For a new storage, its counted bytes. For a storage that was resized since it was last added, its growth, which
-            is negative if it shrank. Otherwise 0.
+            For a new storage, its counted bytes. For a storage that was resized since it was last added, its growth,
+            negative if it shrank. Otherwise 0.
         """
         storage = tensor.untyped_storage()
         key = id(storage)

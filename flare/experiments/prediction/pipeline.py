@@ -32,9 +32,8 @@ class FlarePipeline:
         predict(texts, source_texts)                        # a list, one dict for each text
 
     Args:
-        base_or_run: the base model (folder or hub id) if ``adapter`` is given, otherwise the folder that ``adapter``
-            would name.
-        adapter: folder of a run of `flare train`, or of a saved adapter.
+        base_or_run: if ``adapter`` is given, the base model (folder or hub id); otherwise the adapter's folder.
+        adapter: folder of a run of `flare train`, or of a saved adapter. None: ``base_or_run`` is this folder.
         translator: encoder-decoder that translates texts without a source text. Its weights are loaded on first use.
         print_fn: prints a line for the user, such as what is read as the source.
         **options: options of `flare predict`, with underscores: ``no_source``, ``source``, ``target``, ``task``,
@@ -149,9 +148,8 @@ class FlarePipeline:
         Args:
             rows: the texts.
             given: for each row, the source texts that the user passed, or None.
-            where: the file or the columns that the given sources come from, for messages. If it is not None, a line that
-                says what is read as the source is printed. If it is None, this line is printed only if ``given`` has
-                sources that are not read.
+            where: the file or the columns that the given sources come from, for a line that is printed and says what is
+                read as the source. If None, this line is printed only if ``given`` has sources that are not read.
             progress_file, on_progress, share: see :func:`.source_texts.translate`.
         """
         with_text = [index for index, row in enumerate(rows) if has_text(row)]

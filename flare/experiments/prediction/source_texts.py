@@ -62,7 +62,8 @@ def translate(
         rows: the texts of each row.
         progress_file: file that saves finished batches, so that a later call skips them. None: batches are not saved.
             If several processes run, only the main process may pass a file.
-        on_progress: called with the number of sentences that are translated so far, and the number of all sentences.
+        on_progress: called with the number of translated pieces and of all pieces. The translator splits texts into
+            pieces that fit the model, usually sentences.
         share: whether the processes of this run divide the batches among themselves. Every process must pass the same
             rows.
 

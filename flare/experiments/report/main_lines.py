@@ -43,5 +43,5 @@ def representative_lines(group: RunGroup, table: Quality) -> list[Line]:
 
 
 def _is_main(label: str, method: str) -> bool:
-    """Return whether a line is a method with its defaults or has a name given by the user."""
+    """Return whether a line is a method with its defaults, or has a name given by the user or an unknown method."""
     return label == method or (not label.startswith(f"{method}-") and " @ " not in label) or method not in METHODS
