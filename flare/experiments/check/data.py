@@ -85,7 +85,7 @@ class DataCheck:
     pairs: split -> number of rows used.
     left_out: notes of `load_pairs`, for example about rows that are not used.
     examples: the first training rows, each {"id", "target", "source", "label"}.
-    labels: split -> label -> number of rows. In token classification, it is the number of words.
+    labels: split -> label -> number of rows (of words in token classification).
     lengths: tokens per text of each split and language.
     vocabulary: word and token counts of the target, and of the source if there are source texts.
     warnings: warnings about the data, in words.

@@ -134,8 +134,8 @@ class FlareLM(HFLM):  # type: ignore[misc]
         """Group the indices of rows that can share one forward pass.
 
         These are rows with equal prompts whose continuations have one token each, because the logits that score a
-        continuation of one token do not depend on this token. Every other row, and every row with ``logits_cache=False``, is a group of
-        its own.
+        continuation of one token do not depend on this token. Every other row, and every row with
+        ``logits_cache=False``, is a group of its own.
         """
         groups: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):

@@ -164,8 +164,8 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
     """Read every run in the folders and their sub-folders, and put the runs into groups.
 
     Raises:
-        ReportError: there are no runs, no run has test results, results are not finite numbers, or two runs have the same
-            label, language and seed.
+        ReportError: there are no runs, no run has test results, results are not finite numbers, or two runs have the
+            same label, language and seed.
         RecordError: a folder is missing, or a file in it is damaged.
     """
     runs: dict[Path, Run] = {}
@@ -206,7 +206,10 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
 
 
 def _split_other_rows(group: RunGroup) -> list[RunGroup]:
-    """Move scores of the base on other test rows than all adapters of the same language into a separate group."""
+    """Move scores of the base to a separate group if all adapters of that language were scored on other test rows.
+
+    Scores in a language without adapters stay in the group.
+    """
     trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
     other = [
         entry
@@ -307,8 +310,9 @@ def _sort_key(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
 def _set_slugs(groups: Sequence[RunGroup]) -> None:
     """Set a unique slug for each group.
 
-    It has the name of the task or of the user's data, the source language and the model if the task's groups have
-    several, and a number if the slug is taken."""
+    It consists of the name of the task or of the user's data, the source language and the model if the task's groups
+    have several, and a number if the slug is taken.
+    """
 
     def plain(text: str) -> str:
         return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"

@@ -1,8 +1,7 @@
 """Draw the activations of the first query bottleneck by token position, before and after ReLU.
 
-The bottleneck is the output of the adapter's down-projection, r numbers ("units") per token, for the source (S) and for
-the target (T). One figure
-shows averages over test rows, the other figures show single rows.
+The bottleneck is the output of the adapter's down-projection: r numbers ("units") per token, for the source (S) and for
+the target (T). One figure shows averages over test rows, the other figures show single rows.
 """
 
 from __future__ import annotations
