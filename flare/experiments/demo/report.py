@@ -35,7 +35,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def move_earlier_results(folder: Path, overwrite: bool, print_fn: Callable[[str], None]) -> None:
-    """Move the results in a folder to its sub-folder `earlier-N`, or delete them if `overwrite`."""
+    """Move the results in a folder to its sub-folder `earlier-N`. If `overwrite`, delete them instead."""
     existing = [folder / name for name in FILES if (folder / name).exists()]
     if overwrite or not existing:
         for path in existing:

@@ -310,8 +310,8 @@ def _sort_key(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
 def _set_slugs(groups: Sequence[RunGroup]) -> None:
     """Set a unique slug for each group.
 
-    It consists of the name of the task or of the user's data, the source language and the model if the task's groups
-    have several, and a number if the slug is taken.
+    It consists of the name of the task or of the user's data, "other-rows" if the group has other test rows than the
+    adapters, the source language and the model if the task's groups have several, and a number if the slug is taken.
     """
 
     def plain(text: str) -> str:

@@ -21,7 +21,7 @@ def main_lines(group: RunGroup, table: Quality) -> list[Line]:
 
 
 def representative_lines(group: RunGroup, table: Quality) -> list[Line]:
-    """Return, for each method, the line closest to its defaults, and all lines that the user named."""
+    """Return, for each method, the line closest to its defaults, and all lines that have a name given by the user."""
     methods: dict[int | None, set[str]] = {}
     for line in table.lines:
         record = group.of(line.label)[0].run.record

@@ -144,7 +144,7 @@ def _listed(languages: Sequence[str]) -> str:
 
 
 def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
-    """Return the cells with the best mean of every column, after rounding; ties are all best."""
+    """Return the (row, column) of the best mean of every column, after rounding. Equal best means are all returned."""
     columns: list[list[float | None]] = [
         [cell.mean if (cell := line.cells[language]) else None for line in table.lines] for language in table.languages
     ]
