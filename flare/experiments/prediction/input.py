@@ -134,8 +134,8 @@ def _texts(row: Row, names: dict[str, str], where: str) -> Texts:
 def _read_sources(rows: Sequence[Row], ids: Sequence[str], name: str, columns: dict[str, str]) -> list[Texts | None]:
     """Return the source of every row from a second file.
 
-    Rows are matched by id if both files have a column id, otherwise by position. A row whose id is missing in the second
-    file has no source (None).
+    Rows are matched by id if both files have a column id, otherwise by position. A row whose id does not occur in the
+    second file has no source (None).
     """
     source_rows, source_columns, where = _read(name, "--source-input")
     _require_columns(list(columns.values()), source_columns, where, "--source-columns")

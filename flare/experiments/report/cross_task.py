@@ -114,7 +114,7 @@ def _whole(table: Quality, label: str) -> Cell | None:
 
 
 def _average(groups: Mapping[str, RunGroup], label: str, metrics: Mapping[str, str]) -> Cell:
-    """Return the mean of the tasks' averages. Its standard deviation is over the seeds that all languages of all tasks have."""
+    """Return the mean of the tasks' averages, with its spread over the seeds that every language of every task has."""
     scores = []
     for group in groups.values():
         seeds: dict[str, dict[int, float]] = {}
