@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 success, 1 a defect or a closed standard output, 2 an error that the user can fix, 130
-        interrupted.
+        interrupted. `flare bench` without --tune returns the exit status of pytest.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the stream's encoding lacks
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resume(after_interrupt: str, argv: Sequence[str] | None) -> str:
-    """Return the message after Ctrl-C, with the command line that resumes the interrupted command."""
+    """Return the message after Ctrl-C, with the command line to repeat, from which --no-resume is removed."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--no-resume"]
     return after_interrupt.replace("{command}", shlex.join(["flare", *words]))
 
@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream.")
+    parser = _Parser(prog="flare", description="FLARE: LoRA adapters that fuse a text with its translation.")
     parser.add_argument("--version", action="version", version=f"flare-kernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
     for add_parser in _ADD_PARSERS:

@@ -1,4 +1,7 @@
-"""Find the attention, residual and norms of X-Mixup's block by the names of its modules."""
+"""Find the attention, residual and norms of X-Mixup's block by module names.
+
+X-Mixup (see flare.baselines.mixup) mixes the hidden states of source and target in one block of the model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Place:
         attention: the block's self-attention module.
         result: the module whose output is the hidden state after self-attention and residual. If ``adds_residual``, its
             output is the tensor that the block then adds to its input.
-        adds_residual: whether the block's own forward adds the residual, and not a module in it.
+        adds_residual: True if the output of ``result`` does not include the residual yet, False if it does.
         before: modules that the input of the attention goes through, in order.
         after: modules that the output of the attention goes through, in order.
         norm: the LayerNorm that follows the residual in a post-norm block, or None.
@@ -42,8 +45,8 @@ class Place:
         """Return the place of block ``layer``, counted from 0. In an encoder-decoder this is a block of the encoder.
 
         Raises:
-            ValueError: the block does not exist, or is built differently from the blocks of BERT, RoBERTa, DistilBERT,
-                T5, Llama and Gemma.
+            ValueError: the block does not exist, is built differently from the blocks of BERT, RoBERTa, DistilBERT, T5,
+                Llama and Gemma, or the model does not have exactly one stack of blocks that reads the text.
         """
         mapped = ModelMap.of(model)
         if mapped.fused or mapped.carried:
@@ -89,7 +92,7 @@ def _stack(model: nn.Module, mapped: ModelMap) -> tuple[str, int]:
 
 
 def middle(model: nn.Module) -> int:
-    """Return the middle block of a model, counted from 0: half the number of blocks."""
+    """Return the index of the middle block, counted from 0: half the number of blocks, rounded down."""
     return _stack(model, ModelMap.of(model))[1] // 2
 
 

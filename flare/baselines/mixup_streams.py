@@ -1,7 +1,8 @@
-"""X-Mixup's two runs: the source runs through the whole model, then the target, and their losses are added.
+"""X-Mixup's two runs: the source runs through the whole model, then the target, and their losses are combined.
 
-Two hooks on the transformers model do this. Before the target's forward, the source runs through the same model, with
-gradients. After the target's forward, the source's loss and the consistency terms are added to the target's loss.
+Hooks on the transformers model do this. Before the target's forward, the source runs through the same model, with
+gradients. After the target's forward, the output's loss becomes the weighted sum of both texts' losses plus the
+consistency terms, which pull the two texts' class probabilities (KL) and representations (MSE) together.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NO_SOURCE_LABELS_WARNING = (
 
 
 def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
-    """Install the hooks on the model, before flare.source.hooks, whose hooks would remove the source arguments."""
+    """Install the hooks on the model. They run before flare.source.hooks, which removes the source arguments."""
     runtime.handles += [
         model.register_forward_pre_hook(_before_model, with_kwargs=True, prepend=True),
         model.register_forward_hook(_after_model, with_kwargs=True),
@@ -117,7 +118,8 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
     """Return the Streams of one forward, with the masks of both texts and the arguments of the source's forward.
 
     Raises:
-        TypeError, ValueError: a source argument has a wrong type or shape; the message names the argument.
+        TypeError, ValueError: a source argument or the target's mask has a wrong type or shape; the message names the
+            argument.
     """
     inputs = source_inputs(model, source)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -149,7 +151,10 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
 
 
 def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the source's forward: input_ids and attention_mask (B, m), and token types if passed.
+    """Return the keyword arguments of the source's forward.
+
+    These are input_ids and attention_mask (B, m), token types if they were passed, and use_cache=False if the model
+    accepts it.
 
     Raises:
         TypeError, ValueError: an argument is missing, has a wrong type or shape, or is not accepted; the message names
@@ -174,7 +179,10 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
 def _hide_answers(
     streams: Streams, inputs: dict[str, Any], ids: Tensor, labels: Tensor, source_labels: Tensor | None
 ) -> None:
-    """In causal rows, exclude the source's answer from attention, and the target's answer from the entropy in lambda.
+    """Hide the answers of both texts. In causal rows, the text contains the answer.
+
+    The target cannot attend to the source's answer. The target's answer is left out of the entropy from which lambda
+    (the weight of the source in the mix) is computed.
 
     Without source_labels, the source's answer starts in the column of the target's first label, where FlareDataCollator
     puts it.
@@ -224,7 +232,10 @@ def run_source(model: Any, runtime: MixupRuntime) -> None:
 
 
 def _whole_loss(runtime: MixupRuntime, target: dict[str, Any], output: Any) -> Tensor:
-    """Return alpha * source loss + (1 - alpha) * target loss + KL + MSE. Without a source loss, alpha is 0."""
+    """Return alpha * source loss + (1 - alpha) * target loss + KL + MSE.
+
+    Without a source loss, alpha is 0. KL is added only for classification into two or more classes.
+    """
     streams = runtime.streams
     assert streams is not None
     loss: Tensor = output.loss
@@ -238,7 +249,7 @@ def _whole_loss(runtime: MixupRuntime, target: dict[str, Any], output: Any) -> T
 
 
 def kl_term(source_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Return KL(p_source || p_target), the mean over rows of logits (B, classes)."""
+    """Return KL(p_source || p_target), averaged over the rows. Both logits are (B, classes)."""
     source, target = (_wide(logits).log_softmax(-1) for logits in (source_logits, target_logits))
     return F.kl_div(target, source, log_target=True, reduction="batchmean")
 
@@ -249,7 +260,7 @@ def mse_term(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _representation(runtime: MixupRuntime, hidden: Tensor, text: dict[str, Any]) -> Tensor:
-    """Return (B, d): the state of the first or last token if a classifier reads it, otherwise the mean over tokens."""
+    """Return (B, d): the state of the token that the classifier reads (first or last), otherwise the tokens' mean."""
     ids, mask = text["input_ids"], text.get("attention_mask")
     if runtime.task != "SEQ_CLS" or runtime.classifier_token == "mean":
         weights = (torch.ones_like(ids) if mask is None else mask)[..., None].to(hidden.dtype)

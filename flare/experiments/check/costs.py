@@ -37,11 +37,11 @@ class Cost:
     """Estimated costs of one run of a method. Costs that could not be measured are None, and `error` gives the reason.
 
     method: name of the method with its settings (`Plan.variant`).
-    step_seconds: median time of the timed steps.
+    step_seconds: median seconds of the timed steps.
     steps: number of optimizer steps of a run.
-    train_seconds: time of all these steps.
-    other_seconds: time for predicting the validation split after each epoch, for predicting the test split, and for
-        FLARE MT's encoder.
+    train_seconds: seconds of all these steps.
+    other_seconds: seconds for predicting the validation split after each epoch and once more at the end, for
+        predicting the test split if the run does so, and for FLARE MT's encoder.
     peak_bytes: peak memory of one step, including weights and optimizer state.
     peak_kind: how peak_bytes was measured, "cuda peak" or "live tensors".
     error: why the costs could not be measured, or None.
@@ -58,7 +58,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Seconds of a whole run: training, predictions and MT encoder."""
+        """Seconds of a whole run: training, predictions and MT encoder. 0 if they were not measured."""
         return (self.train_seconds or 0.0) + (self.other_seconds or 0.0)
 
 
@@ -69,7 +69,8 @@ class Score:
     split: name of the split.
     rows: number of scored rows.
     scores: metric -> percent.
-    majority: accuracy, in percent, of always predicting the most frequent label; None if the rows have no labels.
+    majority: accuracy, in percent, of always predicting the most frequent label; None if rows do not have one
+        label each.
     """
 
     split: str
@@ -182,7 +183,7 @@ def _measure(
 
 
 def memory_warning(cost: Cost) -> str | None:
-    """Return a warning if a method needs most of the device's memory, else None."""
+    """Return a warning if a method needs 90 % or more of the device's memory, else None."""
     if cost.peak_bytes is None:
         return None
     device = torch.device("cuda" if cost.peak_kind == "cuda peak" else "cpu")

@@ -14,7 +14,8 @@ from ..tasks import Example, Pair, Task, make_form
 from ..tasks.forms.generative import GenerativeForm
 from ..tasks.registry import METRICS
 
-#: Maximum number of rows of a split that are tokenised. They are evenly spaced over the split.
+#: Maximum number of rows that are tokenised: per split and language to measure lengths, per language to count words.
+#: They are evenly spaced over the rows.
 SAMPLE = 5000
 _LONG = 10**6  # a maximum length, in tokens, that cuts no text
 
@@ -54,6 +55,7 @@ class Lengths:
 class Vocabulary:
     """Numbers of words and tokens in a language's texts.
 
+    language: name of the language.
     words: number of words, split at white space.
     tokens: number of tokens of these words.
     unknown: number of tokens that are not in the tokenizer's vocabulary.
@@ -81,9 +83,9 @@ class DataCheck:
 
     target: name of the language.
     pairs: split -> number of rows used.
-    left_out: notes about rows that are not used.
+    left_out: notes of `load_pairs`, for example about rows that are not used.
     examples: the first training rows, each {"id", "target", "source", "label"}.
-    labels: split -> label -> number of rows.
+    labels: split -> label -> number of rows (of words in token classification).
     lengths: tokens per text of each split and language.
     vocabulary: word and token counts of the target, and of the source if there are source texts.
     warnings: warnings about the data, in words.
@@ -107,8 +109,8 @@ def check_data(
     Args:
         target, source: names of the languages.
         splits: split -> its pairs.
-        notes: notes of `load_pairs` about the pairs.
-        setup: tokenizer, form and maximum length.
+        notes: notes of `load_pairs` about the pairs, for example how many rows were dropped.
+        setup: tokenizer, maximum length, and the form, which converts rows of the task for the model.
         shown: the first `shown` training pairs are copied into `examples`.
     """
     task = setup.form.task

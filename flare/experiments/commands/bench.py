@@ -1,6 +1,8 @@
 """`flare bench`: run the benchmarks of a checkout, or tune the launches of the kernels for this GPU.
 
-A launch is the configuration with which a kernel is started, such as the sizes of its tiles.
+A launch is the configuration with which a kernel is started, such as the sizes of its tiles. A launch table lists the
+fastest measured launches on one GPU, by shape, tokens and rank. If it has no entry for a call, a general rule
+(flare_kernels/triton_ops/config.py) chooses the launch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ..utils.errors import UserError
 from ..utils.extra import installed
 from ..utils.progress import print_line
 
-#: Defaults of --tune, the most used first: models (of the paper or of similar size), tokens per call, and ranks.
+#: Defaults of --tune: model shapes (models of the paper or of similar size), tokens per call, and ranks. The most used
+#: come first, because they are measured first.
 SHAPES = ("llama-3.1-8b", "xlm-r-large", "gemma-2-9b", "mt5-xl")
 TOKENS = (8192, 2048, 512, 1, 256, 32768)
 RANKS = (64, 8, 128)
@@ -97,7 +100,7 @@ def run_tuner(
     overwrite: bool = False,
     print_fn: Callable[[str], None] = print,
 ) -> Path:
-    """Measure the launch table of this GPU, write each entry as soon as it is measured, and return the table's path.
+    """Measure the launch table of this GPU, write each entry when it is measured, and return the table's path.
 
     Args:
         shapes: names in ``flare_kernels.tuning.SHAPES``.
@@ -111,7 +114,7 @@ def run_tuner(
 
     Raises:
         BenchError: torch finds no CUDA device, Triton is missing or does not support the device, a shape is unknown, a
-            size is not positive, or the table exists already.
+            size is not positive, or the file to write is a folder or exists already.
     """
     from flare_kernels import tuning
     from flare_kernels.launch_table import user_path

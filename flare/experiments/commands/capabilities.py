@@ -58,7 +58,10 @@ class Capability(NamedTuple):
 
 
 def optional_versions() -> dict[str, str]:
-    """Return package -> version of the optional packages. The version of a missing package is "not installed"."""
+    """Return package -> version of the optional packages.
+
+    The version is "not installed" if the package is missing, and "version unknown" if it has no metadata.
+    """
     versions = {}
     for name, module in OPTIONAL.items():
         versions[name] = "not installed"
@@ -161,7 +164,7 @@ def _commands() -> Iterable[Capability]:
 
 
 def _sentencepiece(need: str) -> str:
-    """Return `need` and how to install sentencepiece. Return an empty text if sentencepiece is installed."""
+    """Return what a feature needs (`need`) and how to install sentencepiece, or "" if sentencepiece is installed."""
     if installed("sentencepiece"):
         return ""
     return f"{need}; sentencepiece, which models without a tokenizer.json need, is missing: pip install sentencepiece"

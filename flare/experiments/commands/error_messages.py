@@ -10,7 +10,8 @@ import traceback
 from ..utils.errors import UserError, reason
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-#: Texts in the exceptions of safetensors and torch.save for a full disk, which are not OSErrors.
+#: If the disk is full, safetensors and torch.save raise exceptions that are not OSErrors. Their messages contain one
+#: of these texts.
 _DISK_FULL_TEXTS = (
     "No space left on device",
     "os error 28",

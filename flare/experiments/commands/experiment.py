@@ -202,7 +202,7 @@ EVALUATE = SettingsCommand(
     description="""\
 zero-shot: score the base on the test texts in the target language.
 translate-test: score the base on the same texts in the source language.
-translate-train: score every trained adapter, optionally with the other source text (--source-text).""",
+translate-train: score every trained adapter. --source-text chooses gold or machine-translated source text, or both.""",
     after_interrupt="""\
 Scores that were printed are saved. Resume with the same command, which skips them:
   {command}""",

@@ -36,9 +36,9 @@ class BaseConfig:
     """Size of the tiny BERT, and hyper-parameters of its pre-training.
 
     Attributes:
-        layers, width, heads, positions: number of blocks, hidden size, attention heads and position embeddings.
-        steps, batch_size, lr: number of optimizer steps, sentences per step and peak learning rate.
-        masked_share: share of the tokens that the model must predict.
+        layers, width, heads, positions: number of blocks, hidden size, number of attention heads, maximum length.
+        steps, batch_size, lr: number of optimizer steps, sentences per step, peak learning rate.
+        masked_share: share of the tokens (without special tokens) that the model must predict.
         init_range: standard deviation of the initial weights.
         seed: seed of the initial weights, of the order of the sentences and of the masking.
     """
@@ -58,7 +58,7 @@ class BaseConfig:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a WordPiece tokenizer for both languages.
 
-    Its vocabulary lists all stems, and the suffixes as ``##suffix``.
+    Its vocabulary lists the words of both languages without suffixes, and the suffixes as ``##suffix``.
     """
     words = english_words()
     pieces = [*_SPECIAL_TOKENS, ".", *words, *map(vemari_word, words), *(f"##{suffix}" for suffix in SUFFIXES)]
@@ -207,10 +207,10 @@ def pretrain(
 def _mask(
     input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast, share: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the masked input ids, and the labels, of masked-language modelling.
+    """Return the input ids and the labels for masked-language modelling.
 
-    A random `share` of the tokens is chosen. As in BERT, 80 % of the chosen tokens become [MASK], 10 % become a random
-    token, and 10 % stay. The label of a token that is not chosen is -100.
+    A random `share` of the tokens, except special tokens, is chosen. As in BERT, 80 % of the chosen tokens become
+    [MASK], 10 % become a random token, and 10 % stay. The label of a token that is not chosen is -100.
     """
     special = torch.tensor(tokenizer.all_special_ids)
     draw = torch.rand(input_ids.shape, generator=generator)

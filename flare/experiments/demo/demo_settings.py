@@ -20,8 +20,8 @@ class DemoError(UserError, ValueError):
 class DemoSettings:
     """Options of the demo.
 
-    A field that is None gets its default from `EMBEDDED` if the demo runs on the embedded corpus, which it generates,
-    and from `REAL` if it runs on real data.
+    Some fields are None by default. `resolved` fills them in from `EMBEDDED` if the demo runs on the embedded corpus,
+    which it generates, and from `REAL` if it runs on real data.
 
     Attributes:
         output: folder for results.json, run.json, table.md and results.png.
@@ -31,14 +31,14 @@ class DemoSettings:
         source, target: two languages of `data`: the base model is fine-tuned on `source`, and the adapters are trained
             for `target`. None for the embedded corpus.
         fusion: FLARE's fusion function.
-        r, alpha, epochs, batch_size, lr, max_length: hyper-parameters of the adapters, the same for every method.
+        r, alpha, epochs, batch_size, lr, max_length: hyper-parameters of the adapters, equal for every method.
         finetune_epochs, finetune_lr, finetune_batch_size: hyper-parameters of the fine-tuning of all weights of the
             base model on the source language.
         noise: share of damaged words in the noisy source. 0: no method is run with a noisy source.
         rows: use at most this many rows of every part of the data, for a quick run. None: all rows.
-        pretrain_steps: number of steps of masked-language modelling that pre-train the embedded base.
-        cache_dir: folder that keeps the embedded base.
-        threads: number of CPU threads. None: one for the embedded base, and PyTorch's choice for a real model.
+        pretrain_steps: number of steps of masked-language modelling that pre-train the embedded base. None: 500.
+        cache_dir: folder that keeps the embedded base. None: ~/.cache/flare-kernels.
+        threads: number of CPU threads. None: 1 for the embedded base, PyTorch's choice for a real model.
         overwrite: replace earlier results in `output` instead of moving them to a sub-folder.
         progress: show progress bars.
     """

@@ -1,10 +1,10 @@
 """Compare zero-shot, plain LoRA, input-level fusion and FLARE, all from the same fine-tuned base model.
 
-Every method has the same rows, seeds, rank, learning rate, schedule, epochs, batch size, trained head, trainer and
-kernels. The methods differ in what they read. Zero-shot is the base model without an adapter. Zero-shot and plain
-LoRA read only the target text. FLARE and input-level fusion also read the source text. They run twice: with the
-unchanged source text ("gold"), and with a source text in which some words are lost or replaced ("noisy"), in training
-and at test time.
+Zero-shot is the base model without an adapter and is not trained further. The other methods have the same rows, seeds,
+rank, learning rate, schedule, epochs, batch size, trained head, trainer and kernels. They differ in what they read.
+Zero-shot and plain LoRA read only the target text. FLARE and input-level fusion also read the source text. They run
+twice: with the unchanged source text ("gold"), and with a source text in which some words are lost or replaced
+("noisy"), in training and at test time.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ from .real_data import load_parallel
 __all__ = ["Experiment", "embedded_task", "measure_step", "quiet_libraries", "real_task"]
 
 METHODS = ("zero-shot", "lora", "input-fusion", "flare")
-WARM_UP = 0.1  # share of the training steps
-TIMER_WARM_UP = 3  # first steps, which seconds_per_step leaves out
+WARM_UP = 0.1  # share of the training steps in which the learning rate rises
+TIMER_WARM_UP = 3  # number of first steps that seconds_per_step leaves out
 EVAL_BATCH = 100
-# Seeds of the noise. They differ, so that training and test sources are damaged differently.
+# The seed of the noise is one of these plus the run's seed. They differ, so that training and test sources are damaged
+# differently.
 _NOISE_TRAIN, _NOISE_TEST = 1_000, 2_000
 
 
@@ -187,7 +188,7 @@ class Experiment:
         return trainer.model.eval()
 
     def run(self, method: str, source: str | None, seed: int, base: Any) -> dict[str, Any]:
-        """Train a method from the fine-tuned base, evaluate it on the target language, and measure one more step.
+        """Train a method from the fine-tuned base, evaluate it on the target language, and measure a step's memory.
 
         Args:
             method: one of `METHODS`. "zero-shot" is only evaluated.
@@ -304,7 +305,7 @@ class Experiment:
 
 
 def macro_f1(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> float:
-    """Return the mean F1 of the classes in percent; a class that neither occurs nor is predicted counts as 0."""
+    """Return the mean F1 of the classes in percent. A class that neither occurs nor is predicted has F1 0."""
     scores = []
     for index in range(classes):
         correct = ((predicted == index) & (truth == index)).sum().item()

@@ -3,7 +3,7 @@
 A folder has one sub-folder per language, each with a train and a test split with the columns id, text and label (the
 layout of NusaX-Senti; see `..tasks.files`). On the hub, `datasets.load_dataset(id, language)` must return the same
 splits and columns; the languages are the names of the data set's configurations (NusaX-Senti: "eng", "ace"). Rows of
-two languages are paired by id. Rows whose id is missing in the other language are dropped and counted.
+two languages are paired by id. `align` says which rows are dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ParallelData:
     """Rows of two languages.
 
     Attributes:
-        labels: all labels of the training rows in the source language.
+        labels: all labels that occur in `finetune`.
         finetune: training rows in the source language, to fine-tune the base model on.
         train: pairs to train the adapters on.
         test: pairs to evaluate on.
@@ -61,7 +61,8 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
         target: language that the adapters are trained for.
 
     Raises:
-        DemoError: the data, a language, a split or a column is missing, or no rows can be paired.
+        DemoError: the data, a language, a split or a column is missing, no rows can be paired, the target language has
+            a label that the source language's training rows lack, or there is only one label.
     """
     notes: list[str] = []
     splits: dict[str, list[SentencePair]] = {}

@@ -35,7 +35,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def move_earlier_results(folder: Path, overwrite: bool, print_fn: Callable[[str], None]) -> None:
-    """Move the results in a folder to its sub-folder `earlier-N`, or delete them if `overwrite`."""
+    """Move the results in a folder to its sub-folder `earlier-N`. If `overwrite`, delete them instead."""
     existing = [folder / name for name in FILES if (folder / name).exists()]
     if overwrite or not existing:
         for path in existing:
@@ -49,7 +49,7 @@ def move_earlier_results(folder: Path, overwrite: bool, print_fn: Callable[[str]
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a dict per method and source, with the mean and standard deviation of macro F1 and the median costs."""
+    """Return a dict per method and source, with macro F1 (mean, standard deviation) and median costs over the seeds."""
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row.get("source")), []).append(row)

@@ -1,4 +1,4 @@
-"""FlareLM extends HFLM (lm-evaluation-harness's class for transformers models) for adapters that fuse two texts.
+"""FlareLM extends HFLM, lm-evaluation-harness's class for transformers models, to adapters that fuse two texts.
 
 Such an adapter reads the prompt of a request together with a source prompt, such as the same prompt in English.
 """
@@ -44,9 +44,9 @@ class FlareLM(HFLM):  # type: ignore[misc]
     If the adapter fuses two texts, it reads the prompt of each request together with a source prompt (see
     :class:`.source_prompts.SourcePrompts`). Both prompts have the layout of :class:`flare.FlareDataCollator` in
     training: they are padded on the left, and continuations are padded on the right. A continuation that is scored is
-    also appended to the source prompt. If the continuation is one of the document's texts, the source of that text is
-    appended instead. Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves
-    like HFLM.
+    also appended to the source prompt. If it is one of the document's texts, its source text is appended instead.
+
+    Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves like HFLM.
 
     Args:
         pretrained: folder or hub id of the base model, or a loaded model (also a ``PeftModel``).
@@ -133,9 +133,9 @@ class FlareLM(HFLM):  # type: ignore[misc]
     def _equal_inputs(self, rows: list[dict[str, list[int]]]) -> list[list[int]]:
         """Group the indices of rows that can share one forward pass.
 
-        These are rows with equal prompts whose answers have one token each, because the logits that score an answer of
-        one token do not depend on this token. Every other row, and every row with ``logits_cache=False``, is a group of
-        its own.
+        These are rows with equal prompts whose continuations have one token each, because the logits that score a
+        continuation of one token do not depend on this token. Every other row, and every row with
+        ``logits_cache=False``, is a group of its own.
         """
         groups: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):
@@ -164,7 +164,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return [self.prefix_token_id], answer
 
     def _scores(self, groups: list[list[dict[str, list[int]]]]) -> list[tuple[float, bool]]:
-        """Return the scores of all rows, group by group, from one forward pass of each group's first row."""
+        """Return the scores of all rows, group by group, from one forward pass over the first row of every group."""
         batch = self._collator(self.max_length)([group[0] for group in groups]).to(self.device)
         start = int((batch.pop("labels") != _IGNORED).any(dim=0).nonzero()[0])  # all answers start at one index
         half = self.mixed_precision_dtype
@@ -197,9 +197,9 @@ class FlareLM(HFLM):  # type: ignore[misc]
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text generated after each context.
+        """Return the text generated after each context (prompt).
 
-        If sources are read, the model also reads the context's source.
+        If sources are read, the model also reads the source prompt.
         """
         if self.sources is not None:
             requests = [self._with_source(request) for request in requests]

@@ -1,4 +1,4 @@
-"""Build the source prompt of an lm_eval request: its prompt, with the document's texts in the source language.
+"""Build the source prompt of an lm_eval request: the request's prompt with the document's texts in the source language.
 
 lm_eval makes the requests of a task from documents (rows of the data set), with a prompt template.
 """
@@ -41,7 +41,7 @@ class SourcePrompts:
         id_column: name of the column with the ids, in the documents and in the file.
 
     Raises:
-        UserError: the template's file or the rows cannot be read.
+        UserError: the template's file cannot be read, or the rows of ``file`` are missing or have repeated ids.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class SourcePrompts:
         """Return the source prompt and the source continuation of a request; the continuation is empty for generation.
 
         Raises:
-            UserError: the document has no source, or a text to replace does not occur in the prompt exactly once.
+            UserError: the document has no source, the prompt contains none of the texts to replace, or it contains one
+                of them more than once.
         """
         where = f"task {request.task_name}, document {request.doc_id}"
         context = str(request.args[0])
@@ -156,7 +157,7 @@ class SourcePrompts:
     def _replaced(
         self, context: str, continuation: str, pairs: dict[str, dict[str, str]], where: str, task: str
     ) -> str:
-        """Return the prompt with every text replaced by its source, in one pass."""
+        """Return the prompt with every text of the document replaced by its source text."""
         replacements: dict[str, str] = {}
         absent = []
         for name, texts in pairs.items():
@@ -210,7 +211,7 @@ def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
 
 
 def _nothing_to_replace(absent: Sequence[str]) -> str:
-    """Return why a prompt has no text to replace, given the columns whose texts are absent from it."""
+    """Return why a prompt has no text to replace. `absent`: the columns whose texts are not in the prompt."""
     if not absent:
         return "the document and its source share no column with texts, so nothing in the prompt can be replaced"
     texts = f"text of column {absent[0]}" if len(absent) == 1 else f"texts of columns {', '.join(absent)}"

@@ -1,4 +1,4 @@
-"""Count the operators and kernels that a training step launches, and the modules that it calls."""
+"""Count the operators, Triton kernels and module calls of a training step, or of any other code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flare_kernels.launch_mode import counting
 
 from .storages import iter_tensors
 
-#: Operators that compute no elements: they allocate memory, change a shape, copy a reference or read one value. Views
-#: are not in this list, because PyTorch marks them (`is_view`).
+#: Operators that compute no elements: they allocate memory, change a shape, return the same tensor or read one value.
+#: Views are not in this list, because PyTorch marks them (`is_view`).
 _NO_WORK = {
     *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),
     *("detach", "detach_", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_"),
@@ -29,7 +29,7 @@ class OpCount:
     """Result of :func:`count_ops`.
 
     Attributes:
-        ops: names of the operators that compute, in order; each is at least one launch on a GPU.
+        ops: names of the operators that compute, in order. On a GPU, an operator launches at least one kernel.
         kernels: names of this package's Triton kernels, in order.
     """
 
@@ -38,7 +38,7 @@ class OpCount:
 
     @property
     def total(self) -> int:
-        """Number of launches: operators plus kernels."""
+        """Number of operators plus number of Triton kernels."""
         return len(self.ops) + len(self.kernels)
 
     @property

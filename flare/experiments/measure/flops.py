@@ -1,4 +1,4 @@
-"""Count the FLOPs of matrix products and attention.
+"""Count the FLOPs (floating-point operations) of matrix products and attention.
 
 PyTorch's FlopCounterMode counts them. This module adds formulas for operators that FlopCounterMode does not know.
 """
@@ -19,12 +19,12 @@ _Shape = torch.Size
 
 
 def _addmm_flops(added: _Shape, a: _Shape, b: _Shape, **_: Any) -> int:
-    """Return the FLOPs of a product of (..., M, K) and (..., K, N)."""
+    """Return the FLOPs of the product of a (..., M, K) and b (..., K, N)."""
     return 2 * a.numel() * b[-1]
 
 
 def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of attention: query (B, heads, m, c), key (B, heads, k, c), value (B, heads, k, v)."""
+    """Return the FLOPs of attention: query (B, heads, m, c), key (B, heads, n, c), value (B, heads, n, v)."""
     scores = query[:3].numel() * key[2]
     return 2 * scores * (query[3] + value[3])
 

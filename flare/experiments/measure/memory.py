@@ -25,7 +25,7 @@ class PeakBytes:
     """Result of :func:`peak_bytes`.
 
     Attributes:
-        at_start: bytes of the storages passed as ``live`` (CUDA: bytes that are allocated when the block starts).
+        at_start: bytes of the tensors passed as ``live`` (CUDA: bytes that are allocated when the block starts).
         current: bytes that are alive now (CUDA: set when the block ends).
         peak: the highest value of ``current`` inside the block.
     """
@@ -41,7 +41,7 @@ class PeakBytes:
 
     @property
     def transient(self) -> int:
-        """Bytes of the peak above ``current``: memory that was freed again after the peak."""
+        """Bytes of the peak above ``current``, which were freed again after the peak."""
         return self.peak - self.current
 
     def _change(self, by: int) -> None:
@@ -64,7 +64,7 @@ class _AllocationMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # An input with a new storage is from before the block and is not in `live`, so it counts as 0 bytes.
+        # If an input's storage is not known yet, it is older than the block and not in `live`, so it counts as 0 bytes.
         for tensor in iter_tensors([args, kwargs]):
             self._storages.add(tensor, count_as=0)
         result = func(*args, **kwargs)
@@ -82,10 +82,10 @@ def peak_bytes(live: Iterable[Any] = (), device: torch.device | str | None = Non
     """Measure the largest number of tensor bytes that are alive at one time inside the ``with`` block.
 
     Args:
-        live: existing tensors to count (or nested containers of them), such as parameters and optimizer state. Without
-            a CUDA device, all other tensors from before the block count 0 bytes: freeing them changes nothing.
+        live: existing tensors to count (or nested containers of them), such as parameters and optimizer state. Other
+            tensors from before the block count as 0 bytes, so freeing them changes nothing.
         device: a CUDA device, to read its allocator (``torch.cuda.max_memory_allocated``) instead of counting storages.
-            The allocator counts everything on that device, and ``live`` is not used.
+            The allocator counts all tensors of this process on that device, and ``live`` is not used.
 
     Yields:
         A :class:`PeakBytes`, which is complete when the block ends.
@@ -148,7 +148,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
         new = storages.add(tensor)
         result.total += new
         result.storages += new > 0
-        # An autograd node must not hold its own output with its graph, because neither would ever be freed.
+        # Without detach, a node that saves its own output would hold its graph, and neither would ever be freed.
         return tensor.detach()
 
     try:

@@ -24,7 +24,7 @@ def iter_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 class Storages:
-    """The live storages seen so far, with their sizes in bytes.
+    """The live storages of the tensors that were added, with their sizes in bytes.
 
     A storage is identified by the ``id`` of its Python object, which is held by a weak reference. The memory address
     cannot identify a storage, because it is reused after the storage is freed. PyTorch keeps one Python object per
@@ -46,7 +46,8 @@ class Storages:
             count_as: bytes to count instead of the size of the storage. None: the size.
 
         Returns:
-            The counted bytes of a new storage, the growth of a storage that was resized, 0 otherwise.
+            For a new storage, its counted bytes. For a storage that was resized since it was last added, its growth,
+            negative if it shrank. Otherwise 0.
         """
         storage = tensor.untyped_storage()
         key = id(storage)

@@ -28,14 +28,14 @@ class Input:
     """Rows to predict.
 
     Attributes:
-        rows: the rows of the input, with all columns.
+        rows: the rows of the input, each a dict with all its columns.
         texts: for each row, a dict from the task's text column to the text.
         sources: for each row, a dict from the task's text column to the source text, or None for a row without source.
         where: the file or the columns that the sources come from, for messages.
-        columns: dict from the task's text column to the column that holds its source text in the output.
+        columns: dict from the task's text column to the output column that holds its source text.
         ids: id of each row. A row without an id is named by its position.
-        truth: the rows with their label or answers, to score the predictions. None if a row has no label or answers, or
-            if these cannot be used.
+        truth: the rows with their label or answers, to score the predictions. None if a row has neither, or if they
+            cannot be used.
         notes: lines that say why the labels or answers cannot be used.
     """
 
@@ -132,7 +132,11 @@ def _texts(row: Row, names: dict[str, str], where: str) -> Texts:
 
 
 def _read_sources(rows: Sequence[Row], ids: Sequence[str], name: str, columns: dict[str, str]) -> list[Texts | None]:
-    """Return the source of every row from a second file: by id if both files have ids, otherwise by position."""
+    """Return the source of every row from a second file.
+
+    Rows are matched by id if both files have a column id, otherwise by position. A row whose id does not occur in the
+    second file has no source (None).
+    """
     source_rows, source_columns, where = _read(name, "--source-input")
     _require_columns(list(columns.values()), source_columns, where, "--source-columns")
     texts = [_texts(row, columns, f"{where}, row {index}") for index, row in enumerate(source_rows)]

@@ -25,15 +25,15 @@ Prediction = dict[str, Any]
 class FlarePipeline:
     """A trained adapter that predicts, with the options of `flare predict`.
 
-    Predictions are the same as in `flare evaluate`.
+    It makes the same predictions as `flare evaluate`.
 
         predict = flare.FlarePipeline.from_pretrained("runs/acehnese/flare/seed-0")
         predict("Nyan hana got.", "That is not good.")      # {"prediction": "negative", "probability": ..., ...}
         predict(texts, source_texts)                        # a list, one dict for each text
 
     Args:
-        base_or_run: folder of a run of `flare train`, or of a saved adapter. If ``adapter`` is given, the base model.
-        adapter: folder of a run or of a saved adapter. None: ``base_or_run`` is this folder.
+        base_or_run: if ``adapter`` is given, the base model (folder or hub id); otherwise the adapter's folder.
+        adapter: folder of a run of `flare train`, or of a saved adapter. None: ``base_or_run`` is this folder.
         translator: encoder-decoder that translates texts without a source text. Its weights are loaded on first use.
         print_fn: prints a line for the user, such as what is read as the source.
         **options: options of `flare predict`, with underscores: ``no_source``, ``source``, ``target``, ``task``,
@@ -104,8 +104,8 @@ class FlarePipeline:
             ``generated`` (the text) for a generative model, and ``source`` if the source was translated.
 
         Raises:
-            UserError: a text has no source, the adapter was trained with sources, and there is neither a translator
-                nor ``no_source=True``.
+            UserError: the adapter was trained with source texts, a text has none, there is no translator, and
+                ``no_source`` is False.
             TypeError, ValueError: the texts have a wrong form, or the numbers of texts and source texts differ.
         """
         single = isinstance(texts, str | dict)
@@ -148,8 +148,8 @@ class FlarePipeline:
         Args:
             rows: the texts.
             given: for each row, the source texts that the user passed, or None.
-            where: the file or the columns that the given sources come from, for messages. If it is None, the line about
-                the source is printed only if sources are given that the adapter does not read.
+            where: the file or the columns that the given sources come from, for a line that is printed and says what is
+                read as the source. If None, this line is printed only if ``given`` has sources that are not read.
             progress_file, on_progress, share: see :func:`.source_texts.translate`.
         """
         with_text = [index for index, row in enumerate(rows) if has_text(row)]

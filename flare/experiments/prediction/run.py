@@ -27,8 +27,8 @@ def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> N
 
     Args:
         settings: the options.
-        print_fn: prints a line for the user: the source text in use, truncated rows, progress, and the scores if the
-            rows have labels. If predictions are written to standard output, print_fn must print elsewhere.
+        print_fn: prints a line for the user, for example what is read as the source, and the scores if the rows have
+            labels. If predictions are written to standard output, print_fn must print elsewhere.
 
     Raises:
         UserError: an error that the user can fix. Finished batches are saved, and the next call resumes after them.
@@ -115,7 +115,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Return the rows `first` to `until` - 1 of the output.
 
-    A row has the columns of the input, the source text that was read, and the prediction.
+    A row has the columns of the input, the source text if one was read, and the prediction (None for an empty text).
     """
     predictions = dict(zip(with_text, done, strict=False))
     rows = []

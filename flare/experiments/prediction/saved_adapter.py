@@ -13,7 +13,7 @@ from ..utils.errors import UserError, library_errors
 from .predict_settings import PipelineSettings
 
 CONFIG_FILE = "adapter_config.json"
-# From PEFT's task_type to the default task and the kind of model. None: the user must name the task.
+# PEFT's task_type -> (default task, kind of model). If the task is None, the user must name it.
 _TASKS = {
     "SEQ_CLS": ("classification", "encoder"),
     "QUESTION_ANS": ("qa", "encoder"),
@@ -121,7 +121,8 @@ def _method(folder: Path, config: dict[str, Any], settings: PipelineSettings) ->
 def _labels_of(folder: Path, base: str) -> tuple[str, ...] | None:
     """Return the labels in the base's configuration.
 
-    Return None if they are unnamed (LABEL_0, ...) or if their number differs from the adapter head's number of classes.
+    Return None if the configuration cannot be read, if the labels are unnamed (LABEL_0, ...), or if their number is not
+    the number of classes of the adapter's head.
     """
     from transformers import AutoConfig
 

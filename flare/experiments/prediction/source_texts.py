@@ -60,9 +60,10 @@ def translate(
     Args:
         translator: the translator into the source language.
         rows: the texts of each row.
-        progress_file: file that saves finished batches, so that a later call skips them. None in all processes except
-            the main process.
-        on_progress: called with the number of pieces of text that are translated so far, and the number of all pieces.
+        progress_file: file that saves finished batches, so that a later call skips them. None: batches are not saved.
+            If several processes run, only the main process may pass a file.
+        on_progress: called with the number of translated pieces and of all pieces. The translator splits texts into
+            pieces that fit the model, usually sentences.
         share: whether the processes of this run divide the batches among themselves. Every process must pass the same
             rows.
 
@@ -118,7 +119,7 @@ def describe_source(trained: TrainedAdapter, settings: PipelineSettings, given: 
         trained: the adapter.
         settings: the options.
         given: number of rows whose source the user gave.
-        total: number of rows.
+        total: number of rows that have a text.
         where: the file or the columns that the given sources come from.
 
     Raises:

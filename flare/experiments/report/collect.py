@@ -29,8 +29,8 @@ METHODS = {
     "flare-mt": "FLARE MT",
     "flare": "FLARE",
 }
-#: The main setting of adapters, of the base model, and of the base model on translated text. A line's label names its
-#: setting only if it is not one of these.
+#: The main settings: of adapters, of the base model on target texts, and of the base model on source texts. A line's
+#: label names its setting only if the setting is not one of these.
 _MAIN = ("translate-train", "zero-shot", "translate-test")
 
 
@@ -164,7 +164,8 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
     """Read every run in the folders and their sub-folders, and put the runs into groups.
 
     Raises:
-        ReportError: there are no runs, no run is finished, or two runs have the same label, language and seed.
+        ReportError: there are no runs, no run has test results, results are not finite numbers, or two runs have the
+            same label, language and seed.
         RecordError: a folder is missing, or a file in it is damaged.
     """
     runs: dict[Path, Run] = {}
@@ -205,7 +206,10 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
 
 
 def _split_other_rows(group: RunGroup) -> list[RunGroup]:
-    """Put scores of the base into a separate group if all adapters of the language were scored on other test rows."""
+    """Move scores of the base to a separate group if all adapters of that language were scored on other test rows.
+
+    Scores in a language without adapters stay in the group.
+    """
     trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
     other = [
         entry
@@ -304,7 +308,11 @@ def _sort_key(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
 
 
 def _set_slugs(groups: Sequence[RunGroup]) -> None:
-    """Set a unique slug for each group: the task, and source language and model if the task's groups have several."""
+    """Set a unique slug for each group.
+
+    It consists of the name of the task or of the user's data, "other-rows" if the group has other test rows than the
+    adapters, the source language and the model if the task's groups have several, and a number if the slug is taken.
+    """
 
     def plain(text: str) -> str:
         return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"

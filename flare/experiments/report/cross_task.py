@@ -109,12 +109,12 @@ def _overview(model: str, groups: Sequence[RunGroup], metrics: Mapping[str, str]
 
 
 def _whole(table: Quality, label: str) -> Cell | None:
-    """Return a line's average if it has all languages of the task, else None."""
+    """Return a line's average over languages if the line has all languages of the task, else None."""
     return table.line(label).average if label in table.complete else None
 
 
 def _average(groups: Mapping[str, RunGroup], label: str, metrics: Mapping[str, str]) -> Cell:
-    """Return the mean of the tasks' averages; its spread is over the seeds that all tasks and languages have."""
+    """Return the mean of the tasks' averages, with its spread over the seeds that every language of every task has."""
     scores = []
     for group in groups.values():
         seeds: dict[str, dict[int, float]] = {}
@@ -263,7 +263,7 @@ def _value_order(value: object) -> tuple[bool, float, str]:
 
 
 def _best(values: Sequence[float | None], digits: int = 1) -> list[int]:
-    """Return the indices of the largest value after rounding; none if all are equal."""
+    """Return the indices of the largest value after rounding; [] if there are no values or if all are equal."""
     shown = [None if value is None else round(value, digits) for value in values]
     known = [value for value in shown if value is not None]
     return [at for at, value in enumerate(shown) if value == max(known)] if known and min(known) < max(known) else []

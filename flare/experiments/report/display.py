@@ -37,6 +37,7 @@ _TASKS = {
     "wikiann": "WikiANN",
     "qa": "question answering",
 }
+#: Pattern of a model's name -> display name. {1} and {2} stand for the last group of the pattern.
 _MODELS = (
     (r"xlm-?r(oberta)?-(.*)", "XLM-R {2}"),
     (r"afro-?xlmr-(.*)", "AfroXLM-R {1}"),
@@ -46,6 +47,7 @@ _MODELS = (
     (r"mt5-(.*)", "mT5-{1}"),
     (r"nllb-200-(distilled-)?([0-9.]+[mb])", "NLLB {2}"),
 )
+#: Words in a model's name -> display form.
 _WORDS = {
     "base": "Base",
     "large": "Large",
@@ -66,7 +68,7 @@ def task_name(name: str) -> str:
 def language_name(name: str) -> str:
     """Return the display name of a language, such as "Acehnese" for acehnese, ace or ace_Latn.
 
-    An unknown lower-case name is capitalised.
+    An unknown name is capitalised if it has four or more letters, all lower-case, and is unchanged otherwise.
     """
     try:
         return language(name).name
@@ -82,7 +84,8 @@ def language_names(names: Iterable[str]) -> dict[str, str]:
 def model_name(name: str) -> str:
     """Return the display name of a model, such as "XLM-R Large" for FacebookAI/xlm-roberta-large.
 
-    An unknown model, such as a folder, is shown by the last part of its name.
+    An unknown model, such as a folder, is shown by the last part of its name, or by the part before it if the last part
+    is "model" or "checkpoint".
     """
     path = Path(name.rstrip("/"))
     short = path.parent.name if path.name in ("model", "checkpoint") and path.parent.name else path.name

@@ -36,8 +36,8 @@ class Factor:
 def source_kind(entry: Entry) -> str | None:
     """Return a description of an entry's source text; None if the run reads no source.
 
-    It is "gold" (human text) or "mt: <model>" (machine-translated), followed by the share of noise if the text has
-    noise, and by the source text at test time if it differs from the source text in training.
+    It is "gold" (human text), "mt: <model>" (machine-translated) or "mt" (the model is unknown). The share of noise
+    follows if the text has noise, and the source text at test time follows if it differs from the one in training.
     """
     record = entry.run.record
     if record.source_text is None:
@@ -101,7 +101,7 @@ def method_of_family(group: RunGroup, family: Family) -> str:
 
 
 def family_names(group: RunGroup, shown: list[Family], factor: Factor) -> list[str]:
-    """Return the families' display names: the method, with its fixed settings if several families share the method."""
+    """Return the families' display names: the method, or `family_title` if several families have this method."""
     methods = [method_of_family(group, family) for family in shown]
     return [
         METHODS.get(method, method) if methods.count(method) == 1 else family_title(group, family, factor)
@@ -110,7 +110,7 @@ def family_names(group: RunGroup, shown: list[Family], factor: Factor) -> list[s
 
 
 def family_title(group: RunGroup, family: Family, factor: Factor) -> str:
-    """Return the method, followed by the fusion, r and source text, without the one that varies in the family."""
+    """Return the method, fusion, r and source text of a family, without the factor that varies in the family."""
     record = group.of(next(iter(family.values())))[0].run.record
     details = [METHODS.get(record.method, record.method)]
     if factor is not FUSION and record.fusion is not None:

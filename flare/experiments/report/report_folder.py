@@ -24,7 +24,7 @@ def check(folder: Path) -> None:
     """Check that a report can be written to the folder, before any work is done.
 
     Raises:
-        ReportError: the path is a file, is not writable, or holds something other than a report.
+        ReportError: the path is a file, is not writable, or holds files that are not a report.
     """
     if folder.exists() and not folder.is_dir():
         raise ReportError(f"--output {folder} is a file; name another folder")

@@ -144,7 +144,7 @@ def _listed(languages: Sequence[str]) -> str:
 
 
 def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
-    """Return the cells with the best mean of every column, after rounding; ties are all best."""
+    """Return the (row, column) of the best mean of every column, after rounding. Equal best means are all returned."""
     columns: list[list[float | None]] = [
         [cell.mean if (cell := line.cells[language]) else None for line in table.lines] for language in table.languages
     ]
@@ -191,7 +191,7 @@ def quality_csv(table: Quality) -> str:
 
 
 def cost_table(group: RunGroup) -> Table | None:
-    """Return the table of ms/step, peak memory and training time; None if no run measured a cost."""
+    """Return the table of time, memory, steps and trained parameters; None if no run measured a cost."""
     lines = costs(group)
     if not lines:
         return None
@@ -239,7 +239,7 @@ def _cached_bytes(group: RunGroup) -> dict[str, int]:
 
 
 def _ranged(line: Cost, name: str, text: Callable[[float], str]) -> str:
-    """Return the median, with the range in brackets if runs differ: "1391.5 (949.0 to 1834.0)"."""
+    """Return the median, with the range in brackets if runs differ, for example "1391.5 (949.0 to 1834.0)"."""
     value, ends = getattr(line, name), [text(end) for end in line.ranges.get(name, ())]
     if value is None:
         return MISSING

@@ -52,19 +52,20 @@ def write_report(
     overwrite: bool = False,
     print_fn: Callable[[str], None] = print,
 ) -> Path:
-    """Write the report of all runs in the folders `runs` and return its report.md.
+    """Write the report of all runs in the folders `runs`, and return the path of report.md.
 
     Args:
         runs: folders of runs, or folders that hold them at any depth.
         output: folder of the report. An earlier report in it moves to earlier-N, or is deleted with `overwrite`.
         metrics: names of the metrics to report; None: all metrics of each task. Figures show the first of these metrics
-            that the task has.
+            that the task has. If it has none of them, all its metrics are reported.
         title: heading of report.md.
         formats: formats of the figures, among png, pdf and svg; PNG is always written, for report.md.
-        print_fn: prints one line for the user.
+        print_fn: prints text for the user, such as a line or a table.
 
     Raises:
-        ReportError: there are no finished runs, a metric is unknown, or the output folder holds something else.
+        ReportError: there are no test results, a metric or format is unknown, or the output folder cannot be written to
+            or holds files that are not a report.
         RecordError: a folder is missing, or a run.json or metrics.json is damaged.
     """
     unknown = [kind for kind in formats if kind not in FORMATS]

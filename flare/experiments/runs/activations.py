@@ -18,7 +18,7 @@ import numpy as np
 from .records import RecordError
 
 ACTIVATIONS_FILE = "activations.npz"
-#: Number of single rows in the file.
+#: Maximum number of single rows in the file.
 INSTANCES = 3
 
 
@@ -75,7 +75,7 @@ class RowCollector:
         self.rows.append(values)
 
     def averages(self) -> Averages:
-        """Return the averages of all rows so far; there must be at least one."""
+        """Return the averages of all rows that were added; there must be at least one."""
         longest, r = max(len(row) for row in self.rows), self.rows[0].shape[1]
         counts = np.zeros(longest)
         sums = {name: np.zeros((longest, r)) for name in ("before", "after")}

@@ -1,4 +1,4 @@
-"""Write facts about a run into its adapter's model card: task, languages, origin of the source text."""
+"""Write facts about a run, such as its task and languages, into its adapter's model card."""
 
 from __future__ import annotations
 

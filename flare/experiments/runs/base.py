@@ -31,12 +31,14 @@ class Base:
 
 
 def find_base(output: Path, base: str | None, seed: int) -> Base:
-    """Return the base for a seed: `base`/seed-N if flare finetune wrote it, otherwise the model `base` itself.
+    """Return the base for a seed.
+
+    It is `base`/seed-N or `base`, whichever `flare finetune` wrote, otherwise the model that `base` names.
 
     Args:
         output: folder of the experiment.
         base: folder or hub id from the user; None: the folder "base" in `output`.
-        seed: seed of the fine-tuning.
+        seed: seed of the runs that use the base; N in seed-N.
 
     Raises:
         UserError: there is no base for this seed, or its fine-tuning diverged or is not finished.

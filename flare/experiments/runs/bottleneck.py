@@ -20,7 +20,7 @@ from .activations import INSTANCES, Activations, Instance, RowCollector
 
 @dataclass
 class _Recorded:
-    """The name of one layer's fusion function, and the layer's S and T of every row, by position."""
+    """The name of one layer's fusion function, and the layer's S and T of every row."""
 
     fusion: str = ""
     S: RowCollector = field(default_factory=RowCollector)
@@ -40,7 +40,7 @@ def measure_bottleneck(
     Args:
         model: a PEFT model with a fusing adapter.
         collator: the method's collator.
-        rows: model rows with a source.
+        rows: tokenized rows with a source, as the collator takes them.
         ids: one id per row.
         batch_size: rows per batch.
         autocast: dtype of mixed precision; None: no mixed precision.
@@ -61,7 +61,7 @@ def measure_bottleneck(
         def record(module: FlareLayer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x, slot = arguments[0] if arguments else keywords["x"], THREAD.slot
             if slot.met is not None and module in slot.met:
-                return  # in a second call in the same block, the input is not a text (flare.source.carrier)
+                return  # the layer's second call in one block, whose input is not a text (flare.source.carrier)
             for adapter in module.active_here():
                 fusion, x_source, S = module.source_of(adapter, slot.context)
                 if fusion is None:

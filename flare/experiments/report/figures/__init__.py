@@ -18,7 +18,7 @@ from .overview import draw_average_ranks, draw_tasks
 from .style import NothingToDraw, caption_of, save
 
 FORMATS = ("png", "pdf", "svg")
-#: Number of single test rows whose activations are drawn.
+#: Number of figures that draw the activations of single test rows, one row of each language.
 _INSTANCES = 2
 
 
@@ -32,7 +32,7 @@ class FigureResult(NamedTuple):
     caption: str = ""
 
 
-#: For each figure: a name, which ends its file name; its title; the function that draws the figure.
+#: For each figure: its name (the end of the file name), its title, and the function that draws it.
 _Plan = Iterator[tuple[str, str, Callable[[], Any]]]
 
 

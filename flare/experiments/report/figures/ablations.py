@@ -32,7 +32,7 @@ _TRANSLATED = "mt: "  # machine-translated source texts are named "mt: <translat
 
 
 def draw_ranks(group: RunGroup, metric: str) -> Any:
-    """Draw the score against r, with one curve for every method that was trained with several ranks."""
+    """Draw the score against r, with one curve per family of lines that differ only in r."""
     table = quality(group, metric)
     languages, shown = _comparable(table, families(group, table, RANK), "no method was trained with several r")
     ticks = sorted({int(r) for family in shown for r in family})
@@ -47,7 +47,7 @@ def draw_ranks(group: RunGroup, metric: str) -> Any:
 
 
 def draw_translators(group: RunGroup, metric: str) -> Any:
-    """Draw the score for each translator of the source text, with one curve per method. Human text comes last."""
+    """Draw the score for each translator of the source text, with one curve per family. Human text comes last."""
     table = quality(group, metric)
     candidates = [_one_text(family) for family in families(group, table, SOURCE_TEXT)]
     candidates = [family for family in candidates if sum(str(kind).startswith(_TRANSLATED) for kind in family) > 1]
@@ -74,7 +74,7 @@ def draw_fusions(group: RunGroup, metric: str) -> Any:
     candidates = families(group, table, FUSION)
     if not candidates:
         raise NothingToDraw("no method was trained with several fusions")
-    family = max(candidates, key=len)  # smaller families are only in the tables
+    family = max(candidates, key=len)
     series = [
         series_of(table, table.line(label), fusion, fusion)
         for fusion, label in sorted(family.items(), key=lambda item: str(item[0]))
@@ -93,7 +93,7 @@ def draw_fusions(group: RunGroup, metric: str) -> Any:
 
 
 def draw_source_texts(group: RunGroup, metric: str) -> Any:
-    """Draw the score with human, machine-translated and noisy source text, with bars of one color per method."""
+    """Draw the score with human, machine-translated and noisy source text, with bars of one color per family."""
     table = quality(group, metric)
     languages, shown = _comparable(
         table,
@@ -131,9 +131,10 @@ def _one_text(family: Family) -> Family:
 def _curves(
     group: RunGroup, metric: str, languages: list[str], shown: list[Family], ticks: list[Any], factor: Factor
 ) -> Any:
-    """Draw one curve per family, with error bars for the spread.
+    """Draw one curve per family, with error bars for the standard deviation over seeds.
 
-    The ticks are the positions on the x axis. If they are not numbers, their indices are the positions.
+    The ticks are the values of the factor. A number is its own position on the x axis. For other values, the index in
+    `ticks` is the position.
     """
     figure = new_figure(COLUMN, 2.1)
     axes = figure.subplots()

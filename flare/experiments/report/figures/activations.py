@@ -1,7 +1,7 @@
 """Draw the activations of the first query bottleneck by token position, before and after ReLU.
 
-The bottleneck is the output of the adapter's down-projection, for the source (S) and for the target (T). One figure
-shows averages over test rows, the other figures show single rows.
+The bottleneck is the output of the adapter's down-projection: r numbers ("units") per token, for the source (S) and for
+the target (T). One figure shows averages over test rows, the other figures show single rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .layers import STREAMS
 from .style import COLUMN, NORMAL, PAGE, SMALL, NothingToDraw, caption, legend_below, new_figure, plain_axes
 
 _MOST_PANELS = 4  # maximum number of languages side by side
-_SHARE = 0.1  # averages leave out positions that fewer than this share of the rows reach
+#: Positions at which fewer than this share of the rows, or only one of several rows, have a token are not drawn.
+_SHARE = 0.1
 _MOST_TOKENS = 40  # maximum number of tokens that are drawn of a single row
 
 

@@ -1,4 +1,4 @@
-"""Draw grouped bars, with the mean written on each bar and a dot for every seed."""
+"""Draw grouped bars, with the mean written on each bar and, if a bar has several seeds, a dot for every seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .style import (
 )
 
 _NARROWEST = 0.085  # smallest width of a bar, in inches
-_SHORTEST = 0.2  # smallest height of a bar that holds a number, as a share of the axis
+_SHORTEST = 0.2  # smallest height of a bar that holds a number, as a share of the highest value
 _AXIS = 0.45  # space to the left of the axes, in inches
 
 

@@ -69,7 +69,7 @@ def base_line(group: RunGroup, metric: str) -> tuple[str, float] | None:
 def draw_costs(group: RunGroup, metric: str) -> Any:
     """Draw the average score over languages against time per step, training time and peak memory.
 
-    The axes of the costs start at 0.
+    Each cost has a panel, whose axis starts at 0. Costs that fewer than two methods measured are left out.
     """
     table = quality(group, metric)
     known = {cost.label: cost for cost in costs(group)}

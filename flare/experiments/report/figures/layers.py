@@ -90,7 +90,8 @@ def curves(entry: Entry) -> dict[str, dict[str, dict[int, float]]]:
     """Return {kind of projection: {"S" | "T": {block: mean}}} of one run.
 
     The block is the first number in a layer's name, plus 1. The rest of the name gives the kind ("query", "value"; also
-    "encoder" or "decoder" if the model has both). Layers without a number in their name are numbered in order.
+    "encoder" or "decoder" if the model has both), "" if there is only one. The block of a layer without a number in its
+    name is its position in the list, from 1.
 
     Raises:
         ReportError: the lists of S, T and layer names are empty or differ in length.

@@ -38,7 +38,10 @@ def draw_average_ranks(overviews: Sequence[Overview]) -> Any:
 
 
 def draw_tasks(overviews: Sequence[Overview]) -> Any:
-    """Draw horizontal bars of every method on every model, with one panel per task and one for the average."""
+    """Draw horizontal bars of every method on every model, with one panel per task.
+
+    If there are several tasks, another panel shows the average.
+    """
     if sum(len(one.tasks) for one in overviews) < 2:
         raise NothingToDraw("there is only one task on one model")
     tasks = dict(pair for one in overviews for pair in one.tasks.items())

@@ -1,4 +1,4 @@
-"""Style and save the figures: a palette for color-blind readers (Okabe and Ito) and two widths.
+"""Style and save the figures. Their colors suit color-blind readers (palette of Okabe and Ito).
 
 A figure has no title. Its caption is stored as the matplotlib figure's label, and report.md prints the caption below
 the figure.
@@ -85,7 +85,7 @@ def caption_of(figure: Any) -> str:
 
 
 def plain_axes(axes: Any) -> None:
-    """Style axes without a box and with a light grid behind."""
+    """Remove the top and right edge of the axes, thin the other lines, and draw a light grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_linewidth(0.6)
     axes.tick_params(labelsize=SMALL, width=0.6, length=2.5, pad=2)
