@@ -1,4 +1,4 @@
-"""Fused kernels for FLARE: LoRA whose bottleneck fuses a source- and a target-language stream.
+"""Fused kernels for FLARE: LoRA whose bottleneck fuses a source-language and a target-language stream.
 
 Needs torch, and Triton for the kernels. ``backends()`` lists the implementations, whether each can run on this machine,
 and the reason if it cannot. The package does not import PEFT or transformers.

@@ -63,7 +63,7 @@ tags:
 
 # {name}
 
-Triton kernels for LoRA whose bottleneck fuses a source- and a target-language stream
+Triton kernels for LoRA whose bottleneck fuses a source-language and a target-language stream
 ([FLARE](https://arxiv.org/abs/2501.06892)), with a plain PyTorch form for CPUs.
 
 ```python

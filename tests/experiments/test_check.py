@@ -126,3 +126,10 @@ def test_check_explains_models_that_are_missing_or_named_twice(place, tmp_path, 
     assert "flare-mt cannot be trained here: --mt-model" in shown and "1 could not be measured" in shown
     assert flare("check", *words, "--model", place / "bert", "--base", "b") == 2
     assert "--model and --base both name the model" in capsys.readouterr().err
+
+
+def test_label_warnings_of_token_classification_count_words():
+    from flare.experiments.check.data import _warn_of_labels
+
+    lines = list(_warn_of_labels("hausa", {"train": {"O": 90, "B-PER": 3}}, "token-classification"))
+    assert lines == ["hausa: 3 training words have the label 'B-PER'"]

@@ -129,7 +129,7 @@ def check_data(
     check.warnings = [
         *(line for line in notes if "dropped" in line or "position" in line),
         *_warn_of_pairs(target, source, splits),
-        *_warn_of_labels(target, check.labels, "macro_f1" in METRICS[task.kind]),
+        *_warn_of_labels(target, check.labels, task.kind),
         *_warn_of_lengths(check.lengths, setup),
         *_warn_of_vocabulary(check.vocabulary),
     ]
@@ -219,18 +219,19 @@ def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> I
         yield f"{target}: {len(repeated)} test texts are also training texts, so the test score may be too high"
 
 
-def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bool) -> Iterable[str]:
+def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], kind: str) -> Iterable[str]:
+    unit = "word" if kind == "token-classification" else "row"
     train, test = labels.get("train"), labels.get("test", {})
     for label, count in (train or {}).items():
         if count == 0 and test.get(label):
-            yield f"{target}: no training row has the label {label!r}, and {test[label]} test rows have it"
+            yield f"{target}: no training {unit} has the label {label!r}, and {test[label]} test {unit}s have it"
         elif count < _FEW and label != "O":
-            yield f"{target}: {count} training rows have the label {label!r}"
+            yield f"{target}: {count} training {unit}s have the label {label!r}"
     total = sum((train or {}).values())
     for label, count in (train or {}).items():
         if count > _MAJORITY * total and label != "O":
-            advice = "; choose checkpoints by macro F1 (--metric macro_f1)" if macro_f1 else ""
-            share = f"{100 * count / total:.0f} % of the training rows"
+            advice = "; choose checkpoints by macro F1 (--metric macro_f1)" if "macro_f1" in METRICS[kind] else ""
+            share = f"{100 * count / total:.0f} % of the training {unit}s"
             yield f"{target}: {share} have the label {label!r}, so predicting it always gives a high accuracy{advice}"
 
 
