@@ -217,7 +217,7 @@ class Cache:
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
-    """The graph reads source states from its own buffers and gets no source text. With a cold cache, steps are eager."""
+    """The graph reads source states from its own buffers and no source text. With a cold cache, steps are eager."""
     model, eager_model, seen = fused("bert"), fused("bert"), []
 
     def noting(batch: dict[str, Any]) -> Tensor:

@@ -109,8 +109,8 @@ def assert_close(actual: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtyp
     """Assert the criterion that the module docstring defines.
 
     ``plain`` is the result of plain PyTorch in ``dtype``, ``truth`` the float64 result. ``scale`` is a typical
-    magnitude of the values, which replaces the largest value of ``truth`` if it is larger. Results of a few elements need it,
-    because all their elements can be small by cancellation, while the errors are not.
+    magnitude of the values, which replaces the largest value of ``truth`` if it is larger. Results of a few elements
+    need it, because all their elements can be small by cancellation, while the errors are not.
     """
     assert actual.shape == truth.shape
     if truth.numel() == 0:
