@@ -175,7 +175,7 @@ _CROSS = ("encoder_attn", "EncDecAttention")
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_encoder_decoder_matches_the_formula(family: str) -> None:
-    """In the encoder and the decoder, self-attention fuses with the source state at its depth, not cross-attention."""
+    """In both stacks, self-attention fuses with the source state at its depth. Cross-attention is plain LoRA."""
     name, config, changes, stacks, names = ENCODER_DECODERS[family]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": False}
     base = Base(name, config, stacks[0], names)

@@ -1,7 +1,7 @@
 """Tests that need a CUDA device.
 
-They cover graph capture, other streams and devices, launch hooks, profiles, accuracy at real sizes, and the kernels
-that are used only if a form (an implementation of a step) is forced.
+They cover graph capture, other streams and devices, launch hooks, profiles, accuracy at real sizes, and "tma" and
+"last_adds", which are alternative implementations ("forms") of shrink and grad_weight.
 """
 
 from __future__ import annotations
