@@ -1,4 +1,4 @@
-"""A replacement for the CUDA graph recorder of flare.GraphedStep that runs on a CPU, and an eager step."""
+"""A CPU replacement for the CUDA graph recorder of flare.GraphedStep, and an eager step to compare with."""
 
 from __future__ import annotations
 

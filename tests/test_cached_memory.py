@@ -84,7 +84,10 @@ def test_gradients_with_a_cache_equal_keep_without_a_cache(family, padding, memo
     ids=str,
 )
 def test_block_executions_depend_on_the_cached_rows(memory, budget, executions) -> None:
-    """A training step runs no source pass if all rows are cached. Otherwise "recompute" runs one more than "keep"."""
+    """If all rows fit in the cache, the second step runs no source pass, and "recompute" computes no row again.
+
+    If no row fits, every step with "recompute" runs the source pass twice.
+    """
     inputs = inputs_of("llama")
     model, expected = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
     model.set_source_cache(cache_of(budget))

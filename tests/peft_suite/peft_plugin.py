@@ -69,7 +69,7 @@ def _uses_lora(item: Any) -> bool:
     """Return whether a test uses LoraConfig.
 
     If a parameter is a PEFT config or config class, it decides. Otherwise the test's source must contain LoraConfig, or
-    the name of its class Lora.
+    the name of its class must contain Lora.
     """
     parameters = getattr(item, "callspec", None)
     for value in parameters.params.values() if parameters else ():
