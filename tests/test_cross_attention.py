@@ -25,7 +25,7 @@ def cross_attentions(model) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) -> None:
-    """Cross-attention's float32 weights exist only in modules that fuse. Without a source, the adapter is plain LoRA."""
+    """Cross-attention's float32 weights exist only in modules that fuse. Without a source, an adapter is plain LoRA."""
     inputs = tiny.batch(family)
     options = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
     model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **options).eval()
