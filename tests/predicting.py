@@ -12,7 +12,7 @@ from flare.experiments.runs.records import Run
 
 
 def rows_of(data: Path, language: str) -> list[dict[str, Any]]:
-    """Return the test rows of a language, as flare.experiments.tasks reads them."""
+    """Return the test rows of a language, from test.jsonl or, if there is none, from test.csv."""
     path = data / language / "test.jsonl"
     if path.is_file():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -35,7 +35,7 @@ def texts_alone(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def predicts_as_evaluated(run: Run, data: Path, folder: Path) -> list[dict[str, Any]]:
-    """Assert that `flare predict`, given only texts, returns the predictions that were scored; return its output."""
+    """Assert that `flare predict`, given rows without labels, returns the scored predictions; return its output."""
     texts = write_jsonl(folder / f"{run.record.variant}.jsonl", texts_alone(rows_of(data, "vemari")))
     english = write_jsonl(folder / "english.jsonl", texts_alone(rows_of(data, "english")))
     output = folder / f"{run.record.variant}-out.jsonl"

@@ -1,4 +1,4 @@
-"""A recorder for flare.GraphedStep that works without CUDA, and the eager step to compare with."""
+"""A CPU replacement for the CUDA graph recorder of flare.GraphedStep, and an eager step to compare with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class CpuRecorder:
     """Recorder whose replay runs the captured step again, with the captured tensors and gradient buffers.
 
     Attributes:
-        failing: called in each capture, to let the capture fail; None by default.
+        failing: function without arguments that each capture calls, and that raises an error to make the capture fail.
+            None (default): not called.
         captures: number of captures.
         replays: number of replays.
         released: number of recordings that were released.

@@ -18,7 +18,10 @@ def zero_offset(family: str = "llama", **options: Any) -> Any:
 
 
 def both_ways(model: Any, inputs: dict, new: int = 6, seed: int = 0, **options: Any) -> dict[str, tuple]:
-    """Return source_pass -> (sequences, logits, block executions). Assert that sequences and logits are equal."""
+    """Generate with source_pass="separate" and "shared", and assert that sequences and logits are equal.
+
+    Return source_pass -> (sequences, logits, number of block executions).
+    """
     results = {}
     for way in ("separate", "shared"):
         torch.manual_seed(seed)

@@ -129,7 +129,7 @@ def siblings(model: nn.Module) -> set[str]:
 
 
 def is_empty(slot: Slot) -> bool:
-    """Return whether every attribute of a slot has its default value."""
+    """Return whether every attribute of a thread's Slot (flare.source.context) has its default value."""
     return all(getattr(slot, name) is value for name, value in vars(Slot).items() if name in Slot.__annotations__)
 
 

@@ -12,7 +12,7 @@ from flare.source_cache import CachedReader
 
 
 class StatesAlive:
-    """Tracks the storages of states.
+    """Tracks the memory of source states.
 
     Attributes:
         counts: for each call of ``count``, the number of tracked states in memory.
@@ -37,7 +37,7 @@ class StatesAlive:
         self.counts.clear()
 
     def recording(self) -> Any:
-        """Return a ``FrozenPass.record`` that tracks its states."""
+        """Return a replacement for ``FrozenPass.record`` that tracks the states that it records."""
         plain = FrozenPass.record
 
         def record(frozen_pass: FrozenPass, key: Any, hidden: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ class StatesAlive:
         return record
 
     def warming(self) -> Any:
-        """Return a ``CachedReader.warm`` that tracks the states that it returns."""
+        """Return a replacement for ``CachedReader.warm`` that tracks the states that it returns."""
         plain = CachedReader.warm
 
         def warm(reader: CachedReader) -> Any:
@@ -62,7 +62,7 @@ class StatesAlive:
         return warm
 
     def preparing(self) -> Any:
-        """Return a ``Preparation.__call__`` that tracks its results."""
+        """Return a replacement for ``Preparation.__call__`` that tracks its results."""
         plain = Preparation.__call__
 
         def prepared(prepare: Preparation, key: Any, hidden: torch.Tensor) -> torch.Tensor:

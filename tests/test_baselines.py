@@ -112,7 +112,7 @@ def test_causal_rows_put_the_source_prompt_before_the_target_prompt():
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_encoder_decoder_rows_keep_the_targets_labels():
+def test_batches_of_encoder_decoders_have_labels_and_no_source_columns():
     batch = InputFusionCollator(tokenizer(), token_types=False, layout="seq2seq")(rows("mt5", 3))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert task_model("mt5")(**batch).loss.isfinite()

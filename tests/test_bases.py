@@ -1,4 +1,4 @@
-"""Test base models that the authors did not use: logits and gradients in float64 match FLARE's formula.
+"""Test that logits and gradients of many model families match FLARE's formula in float64.
 
 The reference runs PEFT's layers on the same tiny random model: hooks read the source's states, and each projection's
 forward is the formula. The reference does not use flare's code that finds blocks, projections and the rows of fused
@@ -36,7 +36,10 @@ def randomize(model: nn.Module) -> None:
 
 
 def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Return each block's output on the source. Hooks read it as the next block's input, or at the end as output."""
+    """Return each block's output on the source.
+
+    Hooks read it as the input of the next block. Of the last block, they read the output itself.
+    """
     blocks = model.get_base_model().get_submodule(base.stack)
     states: dict[int, Tensor] = {}
     handles = []
@@ -81,7 +84,7 @@ def reference_step(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[
             def forward(x: Tensor, layer: Any = layer, state: Tensor = state) -> Tensor:
                 A, B, s = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
                 T, y = A(x), layer.base_layer(x)
-                if x.shape[:2] != (3, M):  # DeBERTa's relative positions: plain LoRA
+                if x.shape[:2] != (3, M):  # DeBERTa also projects its relative positions, which get plain LoRA
                     return y + s * B(T)
                 H = add_relu(A(state), T)
                 if base.key_rows is None:
@@ -172,7 +175,7 @@ _CROSS = ("encoder_attn", "EncDecAttention")
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_encoder_decoder_matches_the_formula(family: str) -> None:
-    """Both stacks fuse with the source's state of the same depth. Cross-attention is plain LoRA."""
+    """In both stacks, self-attention fuses with the source state at its depth. Cross-attention is plain LoRA."""
     name, config, changes, stacks, names = ENCODER_DECODERS[family]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": False}
     base = Base(name, config, stacks[0], names)
@@ -236,8 +239,8 @@ def test_encoder_decoder_matches_the_formula(family: str) -> None:
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
-def test_skipped_blocks_need_no_source(memory: str) -> None:
-    """M2M100's LayerDrop skips blocks of the target; the source pass runs every block."""
+def test_training_steps_run_if_layerdrop_skips_blocks(memory: str) -> None:
+    """M2M100's LayerDrop skips random blocks of the target. The source pass runs every block."""
     name, config, changes, _, _ = ENCODER_DECODERS["m2m_100 (NLLB)"]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
     torch.manual_seed(3)
@@ -255,7 +258,7 @@ def test_skipped_blocks_need_no_source(memory: str) -> None:
     assert len(gradient_counts) > 1, "no step skipped a block"
 
 
-# --- other uses of blocks that carry the source, and of fused query, key and value layers -----------------------------
+# --- blocks that carry the source, and fused query, key and value layers ----------------------------------------------
 
 
 def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
@@ -320,7 +323,10 @@ def test_generation_with_a_fused_projection_matches_a_forward_pass(family: str, 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "mul"])
 def test_key_of_a_fused_projection_is_plain_lora(fusion: str) -> None:
-    """Only the key's outputs equal plain LoRA. A hook on lora_A makes the layer call lora_A, with the same result."""
+    """In a layer that computes query, key and value, only the key's outputs equal plain LoRA.
+
+    With a hook on lora_A, the layer calls the module lora_A instead of the kernels, with the same result.
+    """
     base = BASES["modernbert"]
     inputs = base.batch()
     model = flare.fast_lora(base.make(), **LORA, fusion=fusion).eval()

@@ -85,7 +85,7 @@ def test_table_of_a_case_has_times_memory_and_ratios() -> None:
     assert (
         "FLARE takes 40 % less time and 72 % less peak memory than input-level fusion; with cached source states "
         "25 % more time." in text.replace("\n", " ")
-    ), "losses are reported as well as gains"
+    ), "the text must say where FLARE is slower, too"
     assert not re.search(r"flare-|input-fusion|lora\b", text), "rows show descriptions and not the methods' names"
 
 
@@ -101,7 +101,7 @@ def test_device_busy_time_has_a_column_if_it_was_measured() -> None:
     busy["counters"]["device_busy_s"] = 0.0386
     text = costs_of([STEP[0], busy])
     assert cells(text, "FLARE, this package")[2] == "38.6" and cells(text, "plain LoRA")[2] == "-"
-    assert "× input-level fusion" not in text, "the case has no such row"
+    assert "× input-level fusion" not in text, "the ratio needs a row of input-level fusion"
 
 
 def test_rows_that_did_not_run_are_listed_with_their_reason() -> None:

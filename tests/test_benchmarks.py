@@ -1,4 +1,4 @@
-"""Tests of the benchmarks' tools: inputs used in turn, checks of results, result files, summary, and figures."""
+"""Tests of the benchmarks' tools: timing, checks of results, byte counts, result files, summary, table and figures."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_poisoned_memory_is_nan() -> None:
 
 
 def test_a_wrong_kernel_fails_its_benchmark_and_is_not_timed(tmp_path: Path) -> None:
-    """If the PyTorch primitive gives a dA that is a tenth too large, its row is "wrong" and has no time."""
+    """If PyTorch's grad_weight gives a dA that is a tenth too large, its row is "wrong" and has no time."""
     (tmp_path / "breaks.py").write_text(
         "import flare_kernels.torch_ops as ops\n"
         "right = ops.grad_weight\n"
@@ -186,7 +186,10 @@ def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float
 
 
 def test_adapters_that_run_first_move_a_fifth_fewer_bytes() -> None:
-    """Adapters that run last must also read the frozen layers' outputs (Llama 8B, M = 8192, r = 64, bf16)."""
+    """Adapters that run after the frozen layers must also read the frozen layers' results, in forward and backward.
+
+    The numbers are for Llama 8B, M = 8192, r = 64, bf16.
+    """
     shapes, bytes_moved = module("shapes"), module("bytes_moved")
     shape = shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
     steps = {order: bytes_moved.step_bytes(shape, order) for order in bytes_moved.ORDERS}
@@ -221,7 +224,7 @@ def test_result_files_are_complete_after_every_case(tmp_path: Path, recorded: di
     assert [path.name for path in recorder.path.parent.iterdir()] == ["r.json"]
 
 
-def test_only_finished_cases_of_the_same_sources_are_skipped(tmp_path: Path) -> None:
+def test_only_finished_cases_measured_with_the_same_code_are_skipped(tmp_path: Path) -> None:
     results = module("results")
     rows = [
         {"case": "a", "variant": "x", "status": "timed"},
@@ -238,7 +241,7 @@ def test_only_finished_cases_of_the_same_sources_are_skipped(tmp_path: Path) -> 
     assert results.finished_cases([tmp_path / "other"]) == set()
 
 
-def test_the_sources_fingerprint_sees_a_changed_kernel(tmp_path: Path) -> None:
+def test_the_fingerprint_of_the_code_sees_a_changed_kernel(tmp_path: Path) -> None:
     results = module("results")
     for path in ("flare_kernels/a.py", "flare/b.py", "benchmarks/c.py", "benchmarks/plot.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -271,7 +274,7 @@ def test_a_part_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def rows_of(result: dict[str, Any], question: str) -> dict[str, dict[str, Any]]:
-    """Return variant -> row, for the headline rows of XLM-R that belong to a question."""
+    """Return variant -> row, for the headline rows of XLM-R in one group of benchmarks ("question")."""
     rows = [r for r in result["cases"] if r["question"] == question and r["family"] == "xlmr" and r["headline"]]
     return {r["variant"]: r for r in rows}
 

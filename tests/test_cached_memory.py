@@ -1,6 +1,6 @@
-"""Tests of a source cache in every source_memory mode.
+"""Test that training with a source cache gives the gradients of source_memory="keep" without a cache.
 
-Gradients equal the gradients of source_memory="keep" without a cache, and no unnecessary source pass runs.
+All source_memory modes are tested. No unnecessary source pass may run.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def test_gradients_with_a_cache_equal_keep_without_a_cache(family, padding, memo
     ids=str,
 )
 def test_block_executions_depend_on_the_cached_rows(memory, budget, executions) -> None:
-    """ "recompute" reads cached rows from the cache, and computes only the other rows again."""
+    """If all rows fit in the cache, the second step runs no source pass, and "recompute" computes no row again.
+
+    If no row fits, every step with "recompute" runs the source pass twice.
+    """
     inputs = inputs_of("llama")
     model, expected = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
     model.set_source_cache(cache_of(budget))
@@ -96,7 +99,10 @@ def test_block_executions_depend_on_the_cached_rows(memory, budget, executions) 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_rows_that_did_not_fit_are_recomputed_in_their_batch(family) -> None:
-    """One of three rows fits. The second pass runs the whole batch again, so "recompute" equals "keep" bit for bit."""
+    """One of three rows fits in the cache. "recompute" runs the source pass for the whole batch again.
+
+    So its gradients equal the gradients of "keep" bit for bit.
+    """
     inputs, grads = inputs_of(family), []
     for memory in ("keep", "recompute"):
         model = model_of(family, memory)
@@ -106,7 +112,7 @@ def test_rows_that_did_not_fit_are_recomputed_in_their_batch(family) -> None:
     assert_close(grads[1][1], grads[0][1])
 
 
-def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> None:
+def test_an_entry_damaged_between_forward_and_backward_is_recomputed(tmp_path) -> None:
     inputs = inputs_of("bert")
     expected = gradients(model_of("bert", "keep"), inputs)
     model, cache = model_of("bert", "recompute"), cache_of(folder=tmp_path)
@@ -129,7 +135,7 @@ def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> Non
 @pytest.mark.parametrize("tier", ["device", "disk"])
 @pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
 def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tmp_path, monkeypatch) -> None:
-    """Of the states copied out of the cache, "keep" has one per block in memory, and other modes at most two."""
+    """Of the states copied out of the cache, "keep" has one per block in memory, and the other modes at most two."""
     alive = StatesAlive()
     for layers in (2, 6):
         model = model_of("llama", "recompute" if memory == "recompute" else "keep", base={"num_hidden_layers": layers})
@@ -174,7 +180,10 @@ def test_a_cache_does_not_change_the_saved_bytes() -> None:
 
 
 def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-    """Run three epochs of one step (the ranks swap rows in the second); return gradients and block executions."""
+    """Run three epochs of one step each; the ranks swap their rows in the second epoch.
+
+    Return each step's gradients and the number of times that it ran the whole stack of blocks.
+    """
     model = distributed_training.fused("llama", source_memory=memory)
     cache = cache_of(folder=folder)
     model.set_source_cache(cache)
@@ -194,7 +203,7 @@ def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[lis
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
-    """Each rank reads rows that the other rank has stored. Gradients equal one process that trains on both."""
+    """Each rank reads rows that the other rank has stored. Gradients equal those of one process with both batches."""
     (tmp_path / "run").mkdir()
     folder = tmp_path / "states"
     expected = distributed_training.train(None, "none", "llama")

@@ -1,4 +1,7 @@
-"""Tests of torch.compile on the whole model, whose graph then contains the source pass, and on each block."""
+"""Tests of torch.compile on the whole model and on each block.
+
+The graph of a whole model contains the source pass if the pass can be traced.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def assert_same_step(actual, expected) -> None:
 
 
 def whole(model: nn.Module, backend: str) -> nn.Module:
-    """Return a compiled wrapper of the whole model."""
+    """Return a compiled wrapper around the whole model."""
     return torch.compile(model, backend=backend)
 
 
@@ -111,7 +114,10 @@ class Graphs:
 
 @pytest.mark.parametrize(("family", "offset", "sites"), [("xlmr", 0, 3), ("llama", 1, 3), ("mt5", 0, 3 + 2)])
 def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offset, sites) -> None:
-    """Dropout is off in the source pass. In the target pass it draws the same masks as in eager mode."""
+    """A site is a group of projections that read the same input and share one call of the kernels.
+
+    Dropout is off in the source pass. In the target pass it draws the same masks as in eager mode.
+    """
     changes = {} if family == "llama" else {"dropout_rate" if family == "mt5" else "hidden_dropout_prob": 0.2}
     base = tiny.model(family, dtype=torch.float64, **changes)
     model = flare.fast_lora(base, r=5, lora_alpha=7, source_layer_offset=offset).to(torch.float64)
@@ -139,7 +145,7 @@ def test_inductor_matches_eager_mode() -> None:
 
 
 def test_switched_adapter_and_new_hook_recompile() -> None:
-    """A graph has guards on the adapters' state. A hooked projection is computed separately."""
+    """A graph has guards on the adapters' state. A projection with a hook gets its own call of the operator."""
     backend = Graphs()
     model = fused("xlmr")
     reference = copy.deepcopy(model)

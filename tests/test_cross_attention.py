@@ -15,7 +15,7 @@ from flare_kernels.launch_mode import forcing
 
 
 def cross_attentions(model) -> dict[str, torch.nn.Module]:
-    """Return path of each layer with cross-attention -> the module that holds its query, key and value weights."""
+    """Return a dictionary from the path of each layer with cross-attention to the module with its trained weights."""
     return {
         path.removeprefix("base_model.model.").rpartition(".lora_cross_attention.")[0]: module
         for path, module in model.named_modules()
@@ -25,7 +25,7 @@ def cross_attentions(model) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) -> None:
-    """Query, key and value exist only in modules that fuse, in float32. Without a source, the adapter is plain LoRA."""
+    """Cross-attention's float32 weights exist only in modules that fuse. Without a source, an adapter is plain LoRA."""
     inputs = tiny.batch(family)
     options = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
     model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **options).eval()

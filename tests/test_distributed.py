@@ -1,6 +1,6 @@
 """Test DDP and FSDP2 on two processes: each gradient equals the gradient of one process that trains on both batches.
 
-This includes the part of the gradient that comes from the source.
+This includes the part of the gradient that comes from the source. Unsupported setups raise an error.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def test_a_gradient_without_the_sources_part_is_detected(tmp_path) -> None:
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_gradients_under_fsdp2_with_mixed_precision_are_exact(latent, tmp_path) -> None:
-    """Shards are float32 and computation is float64: gradients are exact only if source states are float64 too."""
+    """Shards are float32 and computation is in float64, so gradients are exact only if source states are float64."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)
     case = {"engine": "fsdp2", "family": "llama", "latent": latent}
     case |= {"dtype": torch.float32, "options": {"mp_policy": policy}}

@@ -73,7 +73,7 @@ def fine_tune(rank: int | None, task: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", ["bert", "llama"])
 def test_the_trainer_on_two_processes_equals_one_with_the_double_batch(task, tmp_path) -> None:
-    """Rows of llama have different numbers of labels. The loss is the mean over all labels of a step on all ranks."""
+    """The loss is the mean over all labels of a step on all ranks. Rows of "llama" have different numbers of labels."""
     expected = fine_tune(None, task, tmp_path)
     assert len(expected["losses"]) == 4 and expected["seen"][1] > 0
     for actual in two_processes.run(tmp_path, fine_tune, task, tmp_path):

@@ -1,4 +1,4 @@
-"""Test encoder-decoders: one frozen pass gives the source states of both stacks.
+"""Test encoder-decoders: one frozen pass gives the source states of both stacks (encoder and decoder).
 
 The encoder fuses with every source. The decoder fuses only if the batch has source_labels or source_decoder_input_ids.
 """

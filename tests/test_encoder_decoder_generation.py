@@ -72,7 +72,7 @@ def test_beams_and_samples_match_one_forward() -> None:
 def test_a_source_stays_at_its_end_token_and_rows_are_independent() -> None:
     model, inputs = fused().eval(), texts()
     text = frozen_text(model, inputs, 7, [])
-    end = int(text[0, 2])  # row 0 ends with its second token
+    end = int(text[0, 2])  # the source of row 0 ends with its second new token
     assert end not in text[0, :2].tolist()
     source = {"source_decoder_input_ids": torch.full((3, 1), START)}
     sequences, logits = generated(model, {**inputs, **source}, 6, eos_token_id=end, min_new_tokens=6)

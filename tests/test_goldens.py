@@ -94,7 +94,7 @@ def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[s
 
 
 def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Return name in the golden files -> trained parameter, without the parameters of the head."""
+    """Return the trained parameters except the head's, by the names that they have in the golden files."""
     parameters = {}
     for name, parameter in model.named_parameters():
         path, _, rest = name.removeprefix("base_model.model.").partition(".default.")

@@ -130,6 +130,7 @@ def test_num_items_in_batch_is_an_input_of_the_graph() -> None:
 
 
 def test_constants_and_the_variant_are_part_of_the_shape() -> None:
+    """Batches with another return_dict or another ``variant`` get their own graph."""
     model, factor = fused("bert"), [1.0]
     step, recorder = graphed(model, warmup_steps=1)
     model.register_buffer("here", torch.zeros(()))
@@ -151,6 +152,7 @@ def test_constants_and_the_variant_are_part_of_the_shape() -> None:
 
 
 def test_autocast_is_part_of_the_shape_and_keeps_no_cast_weights() -> None:
+    """Steps with and without autocast get separate graphs. Autocast's cache of cast weights is off in every step."""
     model, caches = fused("bert"), []
 
     def noting(batch: dict[str, Any]) -> Tensor:
@@ -202,7 +204,7 @@ def test_a_batch_without_labels_raises() -> None:
 
 
 class Cache:
-    """Minimal SourceStateCache for GraphedStep: returns the states of batches whose rows are all stored."""
+    """Stand-in for SourceStateCache. If ``warm`` is set, ``lookup`` returns the states of all rows, otherwise None."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.warm = model, False
@@ -215,7 +217,7 @@ class Cache:
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
-    """The graph reads states from its own buffers and no source text. With a cold cache, the step is eager."""
+    """The graph reads source states from its own buffers and no source text. With a cold cache, steps are eager."""
     model, eager_model, seen = fused("bert"), fused("bert"), []
 
     def noting(batch: dict[str, Any]) -> Tensor:
@@ -260,7 +262,7 @@ def test_a_real_cache_gives_the_gradients_of_a_loop_without_one() -> None:
     assert recorder.captures == 1 and recorder.replays >= 1 and cache.stats().entries == {"host": 9}
 
 
-def test_a_decoders_source_is_not_in_the_cache() -> None:
+def test_steps_with_a_cache_are_eager_if_the_decoder_fuses() -> None:
     model = fused("mt5")
     cache = Cache(model)
     cache.warm = True

@@ -138,7 +138,7 @@ def test_without_cuda_every_step_is_eager() -> None:
 
 
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
-def test_states_from_outside_the_graph_run_eagerly(memory: str) -> None:
+def test_steps_with_recomputed_or_offloaded_states_run_eagerly(memory: str) -> None:
     model, eager_model = fused("bert", source_memory=memory), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     with pytest.warns(UserWarning, match=f"source_memory='{memory}'") as caught:
@@ -244,7 +244,7 @@ def test_out_of_memory_is_reported() -> None:
 
 
 def test_a_model_without_capturable_shapes_runs_eagerly() -> None:
-    """A model that waits for the device fails for every shape."""
+    """The capture of a model that waits for the device fails for every shape. After two failures, none is tried."""
     step, recorder = graphed(fused("bert"), warmup_steps=1)
 
     def waits() -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
 #: Folders with Python files, for a copy of the project that git does not track.
 FOLDERS = (*PACKAGES, "benchmarks", "tests", "examples", "tools")
-#: Packages without import cycles, where imports inside functions, for type checkers and by import_module are included.
+#: Packages without import cycles, even if imports inside functions, for type checkers and by import_module count.
 STRICT_PACKAGES = ("flare_kernels", "flare")
 #: Modules that import a module whose name is in a variable. This test cannot follow such imports.
 DYNAMIC_IMPORTS = {"flare_kernels.aot", "flare"}

@@ -87,7 +87,10 @@ def test_the_encoder_loads_by_name_and_may_be_an_encoder_only_model(tmp_path) ->
 
 @pytest.mark.parametrize("layout", ["encoder", "causal"])
 def test_rows_are_collated_to_one_width_and_train_the_projection(layout, mt, tmp_path) -> None:
-    """Rows are padded to the target's length. The result of a row does not depend on the other rows of its batch."""
+    """Rows are padded to the target's length.
+
+    For "encoder", the result of a row must not depend on the other rows of its batch.
+    """
     target_tokenizer = tokenizer()
     words = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [21]]
     data: dict[str, list] = {"input_ids": words, **mt.rows(TEXTS)}

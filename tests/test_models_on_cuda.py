@@ -364,7 +364,7 @@ def kernels(run: Any) -> tuple[Counter[str], float]:
 def test_attention_runs_its_eager_kernels_in_a_replay(
     kind: str, padded: bool, cuda: torch.device, record_property: Any
 ) -> None:
-    """Four blocks with the shape of XLM-R Large, in bf16.
+    """The model has four blocks with the sizes of XLM-R Large, and runs under bf16 autocast.
 
     The test also reports the ratio of wall time to device-busy time, for eager steps and for replays.
     """

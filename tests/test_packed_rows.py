@@ -1,4 +1,7 @@
-"""Rows that hold several texts (packed) are refused if there is a source, and so are unknown source_... arguments."""
+"""Test that packed rows (several texts in one row) are refused if there is a source.
+
+Unknown arguments whose names begin with source_ are refused, too.
+"""
 
 from __future__ import annotations
 

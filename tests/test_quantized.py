@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
 
 
 def quantized(checkpoint, kind: str):
-    """Return a tiny Llama with quantised linears and other weights in bf16."""
+    """Return a tiny Llama with quantised linear layers. All other weights are bf16."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint,
         quantization_config=transformers.BitsAndBytesConfig(**KINDS[kind]),

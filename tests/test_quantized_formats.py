@@ -1,7 +1,8 @@
-"""Test adapters on every quantised linear layer that PEFT has a LoRA layer for.
+"""Test adapters on quantised linear layers: the formats of PEFT's LoRA layers, and the fp8 layer of transformers.
 
-HQQ and torchao run on a CPU if they are installed. The other libraries need a GPU. For these, PEFT's
-layer for the library wraps a replacement of the frozen layer, which has an int8 weight and no floating-point parameter.
+test_quantized.py tests bitsandbytes. HQQ and torchao run on a CPU if they are installed. The other libraries need a
+GPU. For these, PEFT's layer for the library wraps a replacement of the library's frozen layer. The replacement has an
+int8 weight and no floating-point parameter.
 """
 
 from __future__ import annotations

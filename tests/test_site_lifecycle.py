@@ -72,7 +72,10 @@ def test_refused_call_restores_the_class_of_siblings() -> None:
 
 
 def test_a_later_adapter_on_k_is_computed_in_the_joint_call(calls) -> None:
-    """The joint call includes k in all cases: without an adapter, with an active adapter, and with an inactive one."""
+    """The joint call includes k while the adapter on k is active, and while it is inactive.
+
+    After this adapter is deleted, the step is the same as before it was added.
+    """
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     first = step(model, inputs)

@@ -1,4 +1,7 @@
-"""Test SourceStateCache on disk with damaged files, files of other programs, and files of other base models."""
+"""Test SourceStateCache on disk with damaged files, files of other programs, and files of other base models.
+
+A shard is a file with the states of several rows.
+"""
 
 from __future__ import annotations
 
@@ -190,7 +193,7 @@ def test_a_fifo_in_the_folder_is_not_opened(tmp_path) -> None:
     fifo = tmp_path / "source-states-0.unfinished"
     os.mkfifo(fifo)
     os.utime(fifo, (1, 1))
-    writer = os.open(fifo, os.O_RDWR)  # without a writer, opening the FIFO for reading would block for ever
+    writer = os.open(fifo, os.O_RDWR)  # without a writer, a cache that opened the FIFO would block this test
     try:
         published(tmp_path, fused("bert"), 0)
     finally:

@@ -165,7 +165,7 @@ def test_quantised_weights_are_part_of_the_fingerprint() -> None:
 
 
 def test_checking_quantised_weights_computes_nothing() -> None:
-    """A check before every pass compares stamps of the base. It reads all weights only if the stamps differ."""
+    """The check before every pass compares two stamps (Watch.stamp). It reads all weights only if they differ."""
     bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), False, quant_type="nf4", compress_statistics=True)

@@ -154,7 +154,7 @@ def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
             time.sleep(0.001)
         time.sleep(0.001 * attempt)
         os.kill(pid, signal.SIGKILL)
-        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the process was still running"
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the process must still run when it is killed"
         for path in shards(tmp_path):
             safetensors.safe_open(path, "pt")
         with silence():

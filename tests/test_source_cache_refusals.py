@@ -1,4 +1,4 @@
-"""Test that SourceStateCache refuses wrong arguments and adapters with errors that name them."""
+"""Test that SourceStateCache refuses wrong arguments, and adapters and models whose states cannot be cached."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def visited(model: Any, reader: Any) -> dict[Any, torch.Tensor]:
 
 
 def filled(model: Any, cache: flare.SourceStateCache, *batches: Any) -> flare.SourceStateCache:
-    """Return a cache with the rows of the batches."""
+    """Store the states of the batches' rows in a cache, and return the cache."""
     for batch in batches:
         visited(model, reader_of(model, cache, batch))
     cache.flush()
@@ -152,7 +152,7 @@ def test_a_batch_with_a_missing_row_is_not_warm(monkeypatch) -> None:
     assert (cache.stats().rows, cache.stats().hits) == (before.rows + 3, before.hits + 2)
     assert reader_of(model, cache, batch).warm() is not None
     monkeypatch.setattr(cache, "undecided", True)
-    assert reader_of(model, cache, batch).warm() is None, "a trial pass computes its rows"
+    assert reader_of(model, cache, batch).warm() is None, "every row is computed until tiers='auto' has decided"
 
 
 def test_a_missing_row_is_detected_before_any_row_is_read_from_disk(tmp_path, monkeypatch) -> None:
@@ -207,7 +207,10 @@ def calls_of(layers: int) -> int:
 
 
 def test_calls_of_a_warm_read_hardly_grow_with_depth() -> None:
-    """The number of calls that compare weights, and look up and copy rows, does not depend on the depth."""
+    """A read makes at most three more calls per block.
+
+    The number of calls that compare weights, look up rows and copy rows does not depend on the number of blocks.
+    """
     few, many = calls_of(4), calls_of(12)
     assert (many - few) / 8 <= 3, (few, many)
 

@@ -41,7 +41,10 @@ def assert_same_gradients(actual, expected, *, exact: bool = False) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_keeps_the_fusion(family, use_reentrant, dropout) -> None:
-    """Loss and gradients equal a step without checkpointing. The gradients differ from plain LoRA's."""
+    """Loss and gradients equal a step without checkpointing, and differ from plain LoRA's.
+
+    With dropout under reentrant checkpointing, masks differ, so the test only requires gradients that are not zero.
+    """
     inputs = tiny.batch(family)
     model = fused(family, lora_dropout=dropout)
     torch.manual_seed(11)
@@ -108,7 +111,7 @@ def test_only_the_required_blocks_run(family, head, offset) -> None:
 
 
 def test_dropout_is_off_and_the_state_is_restored() -> None:
-    """In train mode with dropout, source states are deterministic, and the random state and all flags do not change."""
+    """In train mode with dropout, source states are deterministic. Random state and train flags do not change."""
     model = fused("bert", base={"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3})
     assert model.training
     inputs = tiny.batch("bert")

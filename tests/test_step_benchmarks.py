@@ -1,4 +1,7 @@
-"""Test the benchmarks of whole training steps: batches, checks, rows that cannot run, Liger's kernels, the summary."""
+"""Test the benchmarks of whole training steps: batches, checks, methods that cannot run, Liger's kernels, the summary.
+
+A row of results has the measurements of one method, such as "flare" or "input-fusion", at one size.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def step_shape(family: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
-def test_padded_rows_have_padding_on_the_right_and_masks(rows: int) -> None:
+def test_padded_texts_have_padding_on_the_right_and_masks(rows: int) -> None:
     batch = module("batches").batch_of(step_shape("llama", B=rows, m=64, padded=True), CPU)
     for prefix in ("", "source_"):
         mask = batch.pair[prefix + "attention_mask"]
@@ -48,7 +51,7 @@ def test_padded_rows_have_padding_on_the_right_and_masks(rows: int) -> None:
     assert batch.tokens == batch.pair["attention_mask"].sum()
 
 
-def test_full_rows_have_no_mask() -> None:
+def test_batches_without_padding_have_no_mask() -> None:
     batch = module("batches").batch_of(step_shape("xlmr"), CPU)
     assert set(batch.pair) == {"input_ids", "source_input_ids", "labels"}
     assert set(batch.joined) == {"input_ids", "labels"} and batch.tokens == batch.pair["input_ids"].numel()
@@ -57,7 +60,7 @@ def test_full_rows_have_no_mask() -> None:
     )
 
 
-def test_joined_rows_are_source_then_target_without_padding() -> None:
+def test_joined_texts_are_source_then_target_without_padding_between() -> None:
     batch = module("batches").batch_of(step_shape("llama", B=4, m=32, padded=True), CPU)
     pair, joined = batch.pair, batch.joined
     longest = 0
@@ -106,7 +109,7 @@ def test_a_step_is_checked_at_full_size_with_the_initial_adapters(monkeypatch: p
         variants["flare"].check()
 
 
-def test_a_row_that_cannot_run_is_skipped() -> None:
+def test_a_method_that_cannot_run_is_skipped() -> None:
     cases, timing = module("cases"), module("timing")
 
     def too_large() -> None:

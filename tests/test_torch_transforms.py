@@ -89,7 +89,7 @@ def test_export_contains_only_plain_operators(family, source) -> None:
     assert not torch.allclose(expected, model(**batch).logits)
 
 
-def test_export_of_encode_source_is_refused() -> None:
+def test_export_of_an_encoder_decoder_needs_the_decoders_source() -> None:
     batch = tiny.batch("mt5")
     batch["decoder_input_ids"] = batch.pop("labels")
     with pytest.raises(ValueError, match=r"source_input_ids under torch.export.*source_decoder_input_ids"):
@@ -120,7 +120,7 @@ def test_a_traced_model_is_saved_and_loaded(source) -> None:
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention", None])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_gradients_by_torch_func_equal_the_fused_backward(family, fusion) -> None:
-    """Compare grad, and the gradients of each row by vmap, with the fused backward.
+    """Compare the gradients by grad, and the first row's gradients by vmap, with the fused backward.
 
     No masks are passed, because transformers would read their values.
     """

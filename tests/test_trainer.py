@@ -350,7 +350,7 @@ def test_a_resumed_checkpoint_without_source_tokens_counts_from_zero(tmp_path: P
 
 def test_load_best_model_at_end_restores_the_best_weights(tmp_path: Path):
     class Spoil(TrainerCallback):
-        """Make the model worse at every evaluation after the first."""
+        """Make the model worse after every step from the third on; the first evaluation follows step 2."""
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:

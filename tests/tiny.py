@@ -93,7 +93,10 @@ CLASSES = {
 
 
 def model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
-    """Return a random tiny model in train mode. Its dropouts are 0 unless ``changes`` sets them."""
+    """Return a random tiny model in train mode, without dropout unless ``changes`` sets it.
+
+    mT5 keeps the default dropout of its attention weights, unless ``changes`` has dropout_rate=0.0.
+    """
     torch.manual_seed(seed)
     instance = CLASSES[family](config(family, **changes))
     if "hidden_dropout_prob" not in changes and "dropout_rate" not in changes:
@@ -149,7 +152,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def source_hidden_states(peft_model: Any, inputs: dict[str, Tensor], offset: int) -> list[Tensor]:
-    """Return x_S of every block from a pass of the frozen base model with hooks (these models have no dropout)."""
+    """Return the source state that each block fuses with, read by hooks from a pass of the frozen base model.
+
+    The models have no dropout, so a pass in train mode gives the states of a pass in eval mode.
+    """
     base = peft_model.get_base_model()
     blocks = block_list(base)
     states: list[Tensor] = []

@@ -19,7 +19,7 @@ VOCAB = tiny.VOCAB
 SPECIAL = ["<pad>", "<unk>", "[CLS]", "[SEP]", "<s>"]
 PAD, UNK, CLS, SEP, BOS = range(len(SPECIAL))
 
-# family of tests/tiny.py, model class, changes of its config
+# task -> (family of tests/tiny.py, model class, changes of its config)
 TASKS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "bert": ("bert", tiny.CLASSES["bert"], {}),
     "bert-tokens": ("bert", BertForTokenClassification, {}),

@@ -25,7 +25,8 @@ KEEP_SCALE = dropout.keep_scale(0.3)
 class Shape:
     """One set of sizes and dtypes.
 
-    ``compute`` is the dtype of T and S, ``x`` the dtype of x, ``adapter`` the dtype of A and B; None: ``compute``.
+    M is the number of rows of x, K its width, N the output width and R the rank. ``compute`` is the dtype of T, S, y
+    and its gradient G, ``x`` the dtype of x and x_source, ``adapter`` the dtype of A and B. None means ``compute``.
     """
 
     M: int = 37
@@ -42,7 +43,7 @@ class Shape:
 
 
 DTYPES = (F16, BF16, F32)
-# every dtype at a common shape, then shapes that are unusual in one respect each
+# every dtype at a common shape and at a very small one, then other sizes, ranks and mixtures of dtypes
 SHAPES = [
     *(Shape(compute=dtype) for dtype in DTYPES),
     *(Shape(M=1, K=33, N=17, R=1, compute=dtype) for dtype in DTYPES),
@@ -105,9 +106,10 @@ def hidden(T: Tensor, S: Tensor, fusion: str | None, dtype: torch.dtype) -> Tens
 
 
 def assert_close(actual: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0) -> None:
-    """Assert the criterion of this module; truth is float64.
+    """Assert the criterion that the module docstring defines.
 
-    scale: typical magnitude of the values; it replaces the largest value if it is larger. Results of a few elements
+    ``plain`` is the result of plain PyTorch in ``dtype``, ``truth`` the float64 result. ``scale`` is a typical
+    magnitude of the values, which replaces the largest value of ``truth`` if it is larger. Results of a few elements
     need it, because all their elements can be small by cancellation, while the errors are not.
     """
     assert actual.shape == truth.shape

@@ -1,4 +1,4 @@
-"""The arguments that the launchers pass, bound by Triton's binder for a GPU that is not present."""
+"""Tests of the arguments of kernel launches without a GPU. Triton's own binder binds them as for sm_90."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def one_round(size, layout, which):
             times[key] += 1
             specialisation = check(launch)
             by_key[key].add(specialisation)
-            # the same keys without the low bits of the addresses
+            # the keys without their integers, which include the low bits of the addresses
             part = tuple(tuple(k for k in key if type(k) is not int) for key in RecordingPlans.used)
             by_part[form, part, at].add(specialisation)
 
@@ -135,7 +135,7 @@ print(*sorted(bound_kernels))
 
 
 def test_equal_keys_have_equal_specialisations() -> None:
-    """Every call with the same key binds to the same compiled kernel, with arguments in the kernel's order."""
+    """Launches whose plans have equal cache keys bind to the same compiled kernel, with arguments in its order."""
     assert set(run(BIND).split()) == set(KERNELS)
 
 
@@ -154,6 +154,7 @@ print(*names)
 
 
 def test_launches_are_left_out_without_the_interpreter() -> None:
+    """On a CPU, a forward and a backward pass list the kernels that they would launch, and launch none."""
     assert run(LEFT_OUT).split() == [
         *("dropout_mask_kernel", "dropout_mask_kernel", "shrink_kernel", "expand_kernel"),
         *("grad_bottleneck_kernel", "dropout_mask_kernel", "dropout_mask_kernel", "grad_weight_kernel"),

@@ -1,4 +1,4 @@
-"""No kernel reads or writes outside its tensors.
+"""Test that no kernel reads or writes outside its tensors.
 
 Tensors are views into larger buffers whose margins contain NaN. An out-of-bounds read that affects a result makes it
 NaN. An out-of-bounds write changes the margins, which must have the same bits after the call. The checker (bounds.py)

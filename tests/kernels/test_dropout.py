@@ -57,10 +57,10 @@ def test_mask_is_a_pure_function_of_its_arguments() -> None:
     assert mask is not None and mask.dtype == torch.uint8 and mask.shape == (50, 13)
     again = dropout.packed_mask(seed_of(7), 50, 100, 0.4, dropout.TARGET_STREAM)
     assert torch.equal(mask, again)
-    # a row does not depend on the number of rows or on the chunks
+    # a row does not depend on the number of rows, or on the chunks of rows in which a mask is generated
     taller = dropout.packed_mask(seed_of(7), 6000, 100, 0.4, dropout.TARGET_STREAM)
     assert torch.equal(taller[:50], mask)
-    assert not (mask[:, -1] >> (100 % 8)).any(), "bits past the last column"
+    assert not (mask[:, -1] >> (100 % 8)).any(), "bits after the last column must be 0"
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -25,8 +25,8 @@ from flare_kernels.triton_ops.config import FORMS, TileConfig
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 by_form = pytest.mark.parametrize("form", ["triton", "tma", "last_adds"])
-#: "few programs": there are more output tiles than programs. "splits": sums are split among programs. "one tile": the
-#: output is a single tile.
+#: Case -> launch configuration. "few programs": there are more output tiles than programs. "splits": sums are split
+#: among programs. "one tile": the output is a single tile.
 TILES = {
     "few programs": TileConfig(64, 64, 0, 64, 4, 2, programs=3),
     "splits": TileConfig(16, 16, 0, 128, 4, 2, programs=200),
@@ -45,7 +45,7 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 def framed(x: Tensor) -> Tensor:
-    """Return x as a view into a NaN-filled buffer with a row stride of a multiple of 16, as descriptors require."""
+    """Return x as a view into a NaN-filled buffer whose row stride is a multiple of 16, as descriptors require."""
     rows, columns = x.shape
     frame = torch.full((rows + 2, -(-columns // 16) * 16 + 16), torch.nan, dtype=x.dtype, device=x.device)
     frame[1:-1, :columns] = x
@@ -113,8 +113,8 @@ def test_each_form_of_grad_weight_matches_float64(form: str, case: str, device: 
 
 
 @pytest.mark.parametrize("step", ["shrink", "grad_weight"])
-def test_dropout_and_odd_rows_do_not_use_descriptors(step: str, device: torch.device) -> None:
-    """If descriptors cannot read the operands, a forced "tma" falls back to the general rule's form."""
+def test_dropout_and_unsupported_strides_do_not_use_descriptors(step: str, device: torch.device) -> None:
+    """If descriptors cannot read the operands, a call falls back from the forced form "tma" to the form "triton"."""
     i = make(SHAPES["splits"], device)
     x, x_source, A, dT, dS = (framed(tensor) for tensor in i["x x_source A T S"])
     odd = torch.cat([i.x, i.x[:, :1]], 1)[:, :-1]  # an odd row stride
@@ -145,7 +145,10 @@ def test_last_adds_with_dropout_matches_the_triton_form(device: torch.device) ->
 
 
 def test_counters_are_zero_between_launches(device: torch.device) -> None:
-    """The last program of each tile resets its counter, because launches on a stream share the counters."""
+    """A counter counts the finished programs of a tile in the form "last_adds".
+
+    The last of these programs resets it to zero, because launches on a stream share the counters.
+    """
     i = make(SHAPES["splits"], device)
     counters = split_k.counters(i.x.device)
     assert counters is split_k.counters(i.x.device) and not counters.any()

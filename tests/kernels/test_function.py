@@ -35,7 +35,10 @@ def make(
 
 
 def run(fn, inputs: dict[str, Tensor], G: Tensor, **options) -> dict[str, Tensor]:
-    """Return the output and the gradient of every tensor in inputs, with a base_output that is not a leaf."""
+    """Return the output of fn and the gradient of every tensor in inputs.
+
+    fn gets a copy of base_output that is not a leaf, because a leaf is not overwritten.
+    """
     leaves = {k: v.detach().clone().requires_grad_(True) for k, v in inputs.items()}
     call = {"x_source": None, **leaves, "base_output": leaves["base_output"] * 1}
     y = fn(**call, **options)
@@ -220,7 +223,7 @@ def test_base_output_is_overwritten_only_if_it_is_not_shared(device) -> None:
     inputs = make((3, 7), 16, 12, 4, torch.float32, device)
     before = inputs["base_output"].clone()
     y = fused_lora(**inputs, scaling=1.0)
-    assert y.data_ptr() == inputs["base_output"].data_ptr(), "a plain tensor is accumulated into"
+    assert y.data_ptr() == inputs["base_output"].data_ptr(), "a tensor that is not shared must be overwritten"
     wide = torch.zeros(3, 7, 24, device=device)
     inputs["base_output"] = wide[..., :12]
     fused_lora(**inputs, scaling=1.0)
@@ -235,7 +238,10 @@ def test_base_output_is_overwritten_only_if_it_is_not_shared(device) -> None:
 @pytest.mark.parametrize("fusion", ALL)
 @pytest.mark.parametrize("M", [64, 128])
 def test_only_the_necessary_tensors_are_saved(M, fusion, device) -> None:
-    """Only x, x_source, T and S (H if phi is linear), and the cast B (if it is small compared with x) are saved."""
+    """Besides A and B, only x, x_source, T, S, and B in the compute dtype (if it is small next to x) are saved.
+
+    For "add", T + S is saved instead of T and S. Without fusion, x_source and S do not exist.
+    """
     d, r = 256, 8
     inputs = make((M,), d, d, r, torch.bfloat16, device, torch.float32)
     parameters = {inputs[k].requires_grad_().data_ptr() for k in ("lora_A", "lora_B")}
@@ -255,8 +261,8 @@ def test_only_the_necessary_tensors_are_saved(M, fusion, device) -> None:
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
-def test_autocast_sets_the_compute_dtype_and_keeps_gradient_dtypes(wide, device) -> None:
-    """With float32 x and a bf16 frozen output (autocast), the compute dtype is bf16 and gradients keep their dtypes."""
+def test_under_autocast_the_output_has_the_dtype_of_base_output(wide, device) -> None:
+    """Under bf16 autocast, float32 x, A and B get float32 gradients, for a float32 and for a bf16 base_output."""
     inputs = make((2, 19), 33, 21, 5, torch.float32, device)
     inputs["base_output"] = inputs["base_output"].to(wide)
     G = torch.randn_like(inputs["base_output"])

@@ -103,7 +103,10 @@ def test_joint_results_equal_the_oracle(backend, subset, fusion, source, device)
 @pytest.mark.parametrize("subset", SUBSETS, ids=["qv", "qkv", "v", "none"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_the_node_computes_dx_of_the_frozen_products(subset, dropout_p, device) -> None:
-    """With ``weights``, outputs and gradients equal the oracle's."""
+    """With ``weights``, outputs and gradients equal those of backend="reference".
+
+    Without adapters, the gradient of x is the sum of dy W over the projections.
+    """
     data = make(torch.float64, device)
     results = []
     for backend in ("torch", "reference"):
@@ -147,7 +150,7 @@ def test_each_stream_is_read_once(device, monkeypatch) -> None:
     assert sorted(calls) == ["grad_input", "grad_weight", "shrink"]
 
 
-#: number of tokens -> (kernels of the forward pass, kernels of the backward pass)
+#: number of tokens -> (kernels of the forward pass, kernels of the backward pass); "stack" joins the As in one tensor
 LAUNCHES = {
     300: (["stack", "shrink", "expand"], ["grad_bottleneck", "grad_weight", "grad_input"]),
     # for a few tokens, forward does not stack A, so backward does
@@ -159,7 +162,7 @@ LAUNCHES = {
 @pytest.mark.parametrize("tokens", LAUNCHES)
 @pytest.mark.parametrize("fusion", ["add", "add_relu"])
 def test_query_and_value_share_one_launch_per_step(tokens, fusion, device) -> None:
-    """Two adapters of one rank and phi take one launch per step, and match plain PyTorch."""
+    """Two adapters with the same rank and fusion take one launch per step of the adapter, and match plain PyTorch."""
     from flare_kernels.launch_mode import counting
 
     def randn(*size: int) -> Tensor:
@@ -233,7 +236,7 @@ def test_wrong_input_is_refused(device) -> None:
 
 
 def test_zero_rows_give_zero_gradients(device) -> None:
-    """Forward and backward with M = 0 and a source bottleneck."""
+    """The batch has no tokens, and S is given as source_bottleneck."""
     S = torch.zeros(2, 0, 4, device=device, requires_grad=True)
     A, B = torch.randn(4, 18, device=device, requires_grad=True), torch.randn(6, 4, device=device, requires_grad=True)
     base = {"q": torch.zeros(2, 0, 6, device=device)}

@@ -1,4 +1,7 @@
-"""Cached plans and launchers: the Python calls of a primitive, its second launch, and when a plan is not reused."""
+"""Tests of launchers, which start a kernel, and of plans.
+
+A plan is what a primitive computes once for calls with equal shapes, dtypes, strides and options, and then caches.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Each Triton primitive compared with float64, on a GPU if there is one, otherwise under Triton's interpreter.
+"""Tests of the Triton primitives, on a GPU if there is one, otherwise under Triton's interpreter.
 
-tests/kernels/primitive_inputs.py defines the allowed error. tests/kernels/test_triton_ops_backward.py tests the
-primitives of the backward pass.
+The primitives of the forward pass are compared with float64; tests/kernels/primitive_inputs.py defines the allowed
+error. The other tests are about properties of all primitives, such as strided inputs and equal bits on every run.
+tests/kernels/test_triton_ops_backward.py compares the primitives of the backward pass with float64.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def test_shrink_matches_float64(shape: Shape, masked: bool, device: torch.device
         (T, S), results[shape.compute], results[F64], (i.x, i.x_source), masks, strict=True
     ):
         assert actual.dtype == shape.compute and actual.is_contiguous()
-        # the norm of the summands of each element
+        # for a result of one element, its scale is the norm of its summands
         norms = (drop(x, mask, F64).square() @ i.A.to(F64).square().T).sqrt()
         scales.append(norms.item() if norms.numel() == 1 else 0.0)
         assert_close(actual, plain, truth, shape.compute, scales[-1])
@@ -98,7 +99,7 @@ WIDTHS = (70, 33, 48)
 def test_one_launch_for_several_projections_gives_the_results_of_single_calls(
     count: int, rank: int, fusion: str | None, device: torch.device
 ) -> None:
-    """Query, key and value of different widths take one launch per step, with the results of separate calls."""
+    """Projections of different widths share one launch of each primitive, with the results of separate calls."""
     parts = [make(Shape(M=130, N=N, R=rank), device) for N in WIDTHS[:count]]
     scalings = [0.5 + i for i in range(count)]
     T, S = torch.cat([i.T for i in parts], 1), torch.cat([i.S for i in parts], 1) if fusion else None
@@ -148,7 +149,10 @@ DECODE_SHAPES = [
 @pytest.mark.parametrize("fusion", ALL, ids=str)
 @pytest.mark.parametrize("with_S", [False, True], ids=["x_source", "S"])
 def test_decode_matches_float64(shape: Shape, fusion: str | None, with_S: bool, device: torch.device) -> None:
-    """A few tokens take two launches for two projections; T and S are returned if needed for backward."""
+    """For a few tokens, two launches compute two projections.
+
+    With save_for_backward, T and S are returned: for "add" only T + S, without fusion only T.
+    """
     i, j = make(shape, device), make(replace(shape, N=shape.N + 7), device)
     x_source = None if fusion is None or with_S else i.x_source
     Ss = [i.S, j.S] if fusion is not None and with_S else []
@@ -237,7 +241,7 @@ def test_add_writes_dT_and_dS(device: torch.device) -> None:
 
 
 def test_add_needs_only_the_sum_of_T_and_S(device: torch.device) -> None:
-    """For "add", T + S replaces T and S. If B is frozen, dH needs neither T nor S."""
+    """For "add", T + S can be passed instead of T and S. If dB is not computed, dT needs neither T nor S."""
     i = make(Shape(), device)
     y, expected = i.y.clone(), i.y.clone()
     phi = {"scalings": [SCALING], "fusion": "add"}
@@ -354,10 +358,10 @@ def test_triton_and_torch_primitives_have_the_same_signatures() -> None:
         assert kinds[0] == kinds[1], name
 
 
-def test_every_choice_of_the_general_rule_is_a_listed_row() -> None:
-    """The general rule selects a row with valid tiles for any rank, operand class and GPU."""
+def test_every_choice_of_the_general_rule_is_a_listed_configuration() -> None:
+    """The general rule (config.choose) returns valid tiles for any rank, operand class and size of shared memory."""
     table = {row[:4]: row[4] for row in config.all_configs()}
-    # the form last_adds uses the rows of shrink and grad_weight
+    # the kernels of the form last_adds use the configurations of shrink and grad_weight
     for kernel in {kernel.removesuffix("_last_adds") for kernel in config.KERNELS}:
         for operands in (config.NARROW,) if kernel.endswith("_tma") else config.OPERAND_CLASSES:
             for rank in (1, 5, 16, 17, 64, 100, 128, 200, 256, 300, 1000):
@@ -369,7 +373,7 @@ def test_every_choice_of_the_general_rule_is_a_listed_row() -> None:
 
 
 def test_a_rank_above_the_largest_bucket_gives_correct_results(device: torch.device) -> None:
-    """R is processed in blocks, as for several stacked adapters."""
+    """The kernels process a large rank in blocks, as they do for several stacked adapters."""
     i = make(Shape(M=20, K=40, N=24, R=300, compute=F32), device)
     T, S = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=F32)
     torch.testing.assert_close(T, i.x @ i.A.T)

@@ -1,6 +1,6 @@
 """The Triton primitives of the backward pass compared with float64.
 
-tests/kernels/test_triton_ops.py tests the primitives of the forward pass.
+tests/kernels/test_triton_ops.py compares the primitives of the forward pass with float64.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_grad_bottleneck_matches_float64(shape: Shape, fusion: str | None, devic
             assert_close(actual, plain, truth, shape.compute)
     assert dB.dtype == B_grad_dtype
 
-    # a call for dB only, and a call for dT and dS only, give the same bits
+    # a call for dB only gives the same dB, and a call for dT and dS only gives the same dT, bit for bit
     (only_dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], B_grad_dtype=B_grad_dtype, **options)
     assert torch.equal(only_dB, dB)
     only_dT = torch.empty_like(dT)

@@ -1,4 +1,7 @@
-"""The tuner: its timer (on a simulated device), its correctness check, its variants, and the table that it writes."""
+"""Tests of the tuner: its timer (on a simulated device), its correctness check, and the launch table that it writes.
+
+A problem is one step of the adapter at one size. A variant is a form (an implementation of the step) with its tiles.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ LARGE = 227 * 1024
 
 
 class Device:
-    """Simulated host and stream: a launch takes host time, and its kernel starts when host and stream are ready."""
+    """Simulated host and stream. A launch takes host time; its kernel starts after it, when the stream is free."""
 
     def __init__(self) -> None:
         # in microseconds: the time on the host, and the time at which the stream has run all its kernels
@@ -143,7 +146,7 @@ def test_wrong_results_are_detected(device) -> None:
 
 
 def test_the_order_problem_runs_in_the_forced_order(monkeypatch, device) -> None:
-    """The tuner's problem for the step "order" runs in the order that the variant forces."""
+    """The step "order" chooses whether the frozen products or the adapters run first. A variant forces one order."""
     (problem,) = [problem for problem in tuning.problems([SMALL], [70], [8]) if problem.step == "order"]
     orders: list[object] = []
     choose_order = function.choose_order
@@ -198,7 +201,7 @@ def script(code: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler exists for Linux only")
 def test_the_shared_memory_estimate_is_a_tight_lower_bound() -> None:
-    """Below and above the limit of sm_90, the estimate is between 0.6 and 1.0 of the compiler's value."""
+    """For tiles just below and just above the limit of sm_90, the estimate is 0.6 to 1.0 of the compiler's value."""
     printed = script(
         """
 import json, torch
@@ -267,7 +270,7 @@ def simulated_timer(us: Callable[[launch_mode.Mode], float]) -> timing.Timer:
     """Return a timer that runs a call and returns a time that depends on the launch mode."""
 
     def timer(run, inputs, *, rounds: int) -> float:
-        if rounds > 1:  # the second timing (of single rounds) does not run the call, because the interpreter is slow
+        if rounds > 1:  # a timing of one round does not run the call, because the interpreter is slow
             run(inputs[0])
         return us(launch_mode.current)
 

@@ -1,4 +1,8 @@
-"""Launch tables: the file, the lookup, and how "auto" uses an entry. test_tuner.py tests the tuner."""
+"""Tests of launch tables: the file, the lookup, and how backend="auto" uses an entry. test_tuner.py tests the tuner.
+
+An entry of a table gives the form (implementation) and the tiles of a step at one size on one GPU. Without an entry,
+the general rule (config.choose) gives them.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +123,7 @@ def test_concurrent_saves_do_not_conflict(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_an_empty_variable_disables_tables(monkeypatch) -> None:
+def test_an_empty_environment_variable_disables_tables(monkeypatch) -> None:
     LaunchTable("Some GPU", {KEY: Entry("torch")}).save(launch_table.user_path("Some GPU"))
     monkeypatch.setenv(launch_table.ENVIRONMENT_VARIABLE, "")
     assert launch_table.table_for("Some GPU").entries == {}
@@ -158,7 +162,10 @@ def test_a_tuned_entry_applies_to_its_gpu_only(monkeypatch) -> None:
 
 
 def test_every_form_has_tiles_by_rule_and_by_table() -> None:
-    """Every kernel has rows, candidates and axes, and the first form of every step runs anywhere."""
+    """For every form, the general rule gives tiles that a table accepts, and the tuner has candidates.
+
+    The first form of every step runs on any device.
+    """
     for step, step_forms in config.FORMS.items():
         assert (step, next(iter(step_forms))) not in config.SUPPORTED
         for form, kernels in step_forms.items():
@@ -206,7 +213,10 @@ def test_a_forced_form_comes_before_a_tuned_one_and_the_general_rule(monkeypatch
 
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
-    """Rows of a few elements cannot be aligned. They are looked up as aligned operands, as the tuner stores them."""
+    """Tensors whose rows have only a few elements cannot be aligned.
+
+    They are looked up as aligned operands ("narrow"), as the tuner stores them.
+    """
     lookups: set[tuple[str, str]] = set()
     monkeypatch.setattr(forms, "tuned_entry", lambda step, operands, *_: lookups.add((step, operands)))
     x, y, B = (torch.randn(*size, device=device).bfloat16() for size in ((70, 64), (70, 32), (32, rank)))
@@ -295,7 +305,7 @@ def test_launch_plan_says_torch_on_a_device_without_kernels() -> None:
 # --- the tables of the package ----------------------------------------------------------------------------------------
 
 PACKAGE_TABLES = sorted(launch_table.package_path("").parent.glob("*.json"))
-#: A number of rows, and a width, in each bucket, including the bucket above the last bound.
+#: One number of rows and one width for each bucket, including the buckets above the last bound.
 ROWS, WIDTHS = (32, 128, 512, 2048, 8192, 65536), (1024, 2048, 3584, 4096, 8192)
 
 

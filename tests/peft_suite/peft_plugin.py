@@ -8,7 +8,7 @@ The plugin reads three environment variables:
 ``FLARE_PEFT_OUTCOMES``
     JSON file that receives the outcome of each test, under the name that the test has with LoraConfig.
 ``FLARE_PEFT_ONLY``
-    JSON file with a list of such names; only these tests run. If empty, all LoRA tests run.
+    JSON file with a list of such names; only these tests run. If the variable is empty, all LoRA tests run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _uses_lora(item: Any) -> bool:
-    """Return whether a test uses LoraConfig: as a parameter, or in its source if it has no config parameter."""
+    """Return whether a test uses LoraConfig.
+
+    If a parameter is a PEFT config or config class, it decides. Otherwise the test's source must contain LoraConfig, or
+    the name of its class must contain Lora.
+    """
     parameters = getattr(item, "callspec", None)
     for value in parameters.params.values() if parameters else ():
         if inspect.isclass(value) and issubclass(value, peft.PeftConfig):

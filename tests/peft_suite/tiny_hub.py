@@ -18,7 +18,7 @@ _ENCODER = {
     "max_position_embeddings": 512,
 }
 _DECODER = {**_ENCODER, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_LLAMA = {**_DECODER, "num_key_value_heads": 4}  # combined ranks of up to 20 must fit its value projection
+_LLAMA = {**_DECODER, "num_key_value_heads": 4}  # the value projection must be wider than a combined rank of 20
 _GPT = {"vocab_size": _VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _GPT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _OPT = {**_ENCODER, "ffn_dim": 37, "word_embed_proj_dim": 32, "pad_token_id": 1}
