@@ -116,7 +116,6 @@ def test_dropout_is_off_and_the_state_is_restored() -> None:
     assert model.training
     inputs = tiny.batch("bert")
     ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]
-    flags = {name: module.training for name, module in model.named_modules()}
     model.get_base_model().bert.encoder.layer[1].eval()
     flags = {name: module.training for name, module in model.named_modules()}
     state = torch.random.get_rng_state()

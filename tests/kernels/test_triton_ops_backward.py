@@ -49,13 +49,14 @@ def test_grad_bottleneck_matches_float64(shape: Shape, fusion: str | None, devic
             assert_close(actual, plain, truth, shape.compute)
     assert dB.dtype == B_grad_dtype
 
-    # a call for dB only gives the same dB, and a call for dT and dS only gives the same dT, bit for bit
+    # a call for dB only gives the same dB, and a call for dT and dS only gives the same dT and dS, bit for bit
     (only_dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], B_grad_dtype=B_grad_dtype, **options)
     assert torch.equal(only_dB, dB)
     only_dT = torch.empty_like(dT)
     only_dS = None if dS is None else torch.empty_like(dT)
     assert triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], dT=only_dT, dS=only_dS, **options) is None
     assert torch.equal(only_dT, dT)
+    assert dS is None or torch.equal(only_dS, dS)
 
 
 def test_grad_input_adds_to_out(device: torch.device) -> None:
