@@ -6,11 +6,11 @@
 The A_i (r_i, d) are stacked in A (R, d), so each stream is read once for all projections. The T_i are columns of one
 T (M, R). Projections that fuse with a source come first, so S (M, fused) belongs to the leading columns of T. If the
 frozen weights W_i are passed, the node also computes dx of the frozen products, accumulated in the same buffer:
-dx = sum_i G_i W_i + dT A. Either the frozen products write a result and the adapters add to it, or the adapters write
-it and the frozen products add to it (:mod:`flare_kernels.order`).
+dx = sum_i G_i W_i + dT A. For y and for dx there are two orders (:mod:`flare_kernels.order`): the frozen products
+write the buffer and the adapters add to it, or the adapters write it and the frozen products add to it.
 
-Except for biases and seeds, tensors in this module are matrices, with M tokens. K also stands for the input width d, N
-for an output width n, and R for the stacked rank.
+Except for biases and seeds, tensors in this module are matrices. M is the number of tokens, K the input width d, and R
+the stacked rank.
 :mod:`flare_kernels.function` wraps the node in an autograd function, :mod:`flare_kernels.library` in operators for
 ``torch.compile``.
 """

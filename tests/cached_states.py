@@ -124,7 +124,7 @@ def reopened(folder: Path, model: Any, *seeds: int, budget: int = MB) -> flare.S
 
 
 @contextlib.contextmanager
-def silence() -> Any:
+def no_warnings_allowed() -> Any:
     """Raise an error for every UserWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -19,11 +19,11 @@ from cached_states import (
     batch_of,
     cache_in,
     fused,
+    no_warnings_allowed,
     one_row_bytes,
     published,
     reopened,
     shards,
-    silence,
     step,
 )
 
@@ -41,11 +41,11 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path) -> None:
         assert len(list(file.keys())) == 3
         for key in file.keys():  # noqa: SIM118
             assert file.get_tensor(key).numel() == one_row_bytes() and metadata[key].startswith("float32 32 ")
-    with silence():
+    with no_warnings_allowed():
         assert reopened(tmp_path, model, 0).stats().hits == 3
 
 
-def test_without_host_memory_waiting_rows_are_written_and_no_more_rows_are_stored(tmp_path, monkeypatch) -> None:
+def test_if_host_memory_runs_out_waiting_rows_are_written_and_later_rows_are_not_stored(tmp_path, monkeypatch) -> None:
     """Rows wait in host buffers until they are written together. Here only five buffers can be allocated."""
     from flare.source_cache import shards as module
 
@@ -139,7 +139,7 @@ def test_a_damaged_file_is_reported_and_unchanged_and_its_rows_are_recomputed(da
     cache.flush()
     assert broken.read_bytes() == before and intact.exists()
     with pytest.warns(UserWarning, match="not used and not changed"):
-        assert reopened(tmp_path, model, 0, 1).stats().hits == 6, "the rows were written again, into another file"
+        assert reopened(tmp_path, model, 0, 1).stats().hits == 6, "the recomputed rows are not in another file"
 
 
 def test_flipped_bytes_of_entries_are_detected(tmp_path) -> None:
@@ -162,7 +162,7 @@ def test_flipped_bytes_of_entries_are_detected(tmp_path) -> None:
             assert cache.stats().hits == 2 and len(caught) == 1
             del cache
     path.write_bytes(intact)
-    with silence():
+    with no_warnings_allowed():
         assert reopened(tmp_path, model, 0).stats().hits == 3
 
 
@@ -237,4 +237,4 @@ def test_other_files_and_shards_of_another_model_are_not_changed(tmp_path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert reopened(tmp_path, model, 0).stats().hits == 3
-        assert reopened(tmp_path, other, 0).stats().hits == 3, "two base models share a folder"
+        assert reopened(tmp_path, other, 0).stats().hits == 3, "two base models cannot share a folder"

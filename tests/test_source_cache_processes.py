@@ -21,10 +21,10 @@ from cached_states import (
     batch_of,
     cache_in,
     fused,
+    no_warnings_allowed,
     published,
     reopened,
     shards,
-    silence,
     step,
 )
 
@@ -78,7 +78,7 @@ def test_a_full_disk_warns_once_and_training_continues(tmp_path) -> None:
 
     assert succeeded(in_child(train))
     assert shards(tmp_path) == before and not list(tmp_path.glob(f"*{UNFINISHED}"))
-    with silence():
+    with no_warnings_allowed():
         assert reopened(tmp_path, model, 7).stats().hits == 3
 
 
@@ -123,7 +123,7 @@ def test_a_full_filesystem_warns_once_and_stored_rows_are_read(tmp_path) -> None
         assert len(messages) == 1 and "No space left on device" in messages[0], messages
         assert cache.stats().hits == 3 and len(shards(folder)) == 1
         assert not list(folder.glob(f"*{UNFINISHED}"))
-        with silence():
+        with no_warnings_allowed():
             assert reopened(folder, model, 0).stats().hits == 3
 
     assert succeeded(in_child(train))
@@ -157,7 +157,7 @@ def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the process must still run when it is killed"
         for path in shards(tmp_path):
             safetensors.safe_open(path, "pt")
-        with silence():
+        with no_warnings_allowed():
             cache = cache_in("disk", tmp_path, 200 * MB)
             cache.bind(model.get_base_model())
         entries = cache.stats().entries["disk"]
@@ -165,7 +165,7 @@ def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
         entry_counts.append(entries)
         last = entries
     assert entry_counts[-1] > 0
-    with silence():
+    with no_warnings_allowed():
         done = entry_counts[-1] // 3
         assert reopened(tmp_path, model, *range(min(done, 5))).stats().hits == 3 * min(done, 5)
 
@@ -193,7 +193,7 @@ def test_a_directory_opens_after_a_kill_at_each_step_of_writing(stage, tmp_path,
 
     assert os.waitpid(in_child(write), 0)[1] == signal.SIGKILL
     assert len(shards(tmp_path)) == 1 and len(list(tmp_path.glob(f"*{UNFINISHED}"))) == 1
-    with silence():
+    with no_warnings_allowed():
         assert reopened(tmp_path, model, 0, 1).stats().hits == 3
 
 
@@ -207,7 +207,7 @@ def test_unfinished_files_of_killed_processes_are_removed(tmp_path) -> None:
         os.utime(path, (1, 1))
     with alive.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with silence():
+        with no_warnings_allowed():
             reopened(tmp_path, model, 0)
         assert alive.exists() and not dead.exists()
 
@@ -220,7 +220,7 @@ def test_two_processes_share_a_directory(tmp_path) -> None:
         def work() -> None:
             cache = cache_in("disk", tmp_path, 10 * MB)
             model.set_source_cache(cache)
-            with silence():
+            with no_warnings_allowed():
                 for seed in (*shared, *own_seeds[name]):
                     model(**batch_of("bert", seed=seed))
                     cache.flush()
@@ -229,7 +229,7 @@ def test_two_processes_share_a_directory(tmp_path) -> None:
 
     pids = [in_child(worker(name)) for name in own_seeds]
     assert [succeeded(pid) for pid in pids] == [True, True]
-    with silence():
+    with no_warnings_allowed():
         cache = reopened(tmp_path, model, *range(13), budget=10 * MB)
     assert cache.stats().hits == 39
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from cached_states import fused, silence
+from cached_states import fused, no_warnings_allowed
 
 MESSAGE = "predicts without a source and is plain LoRA"
 
@@ -28,7 +28,7 @@ def test_predicting_without_a_source_warns_once(family, grad) -> None:
         with pytest.warns(UserWarning, match=MESSAGE) as seen:
             model(**text(family))
         assert seen[0].filename == __file__, "the warning points at the user's line"
-        with silence():
+        with no_warnings_allowed():
             model(**text(family))
 
 
@@ -44,18 +44,18 @@ def test_generating_without_a_source_warns_once(family) -> None:
     """There is no warning with a source, even if only the encoder of an encoder-decoder gets it."""
     model, inputs = fused(family).eval(), tiny.batch(family)
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    with silence():
+    with no_warnings_allowed():
         model.generate(**inputs, max_new_tokens=2)
     plain = {name: value for name, value in inputs.items() if not name.startswith("source_")}
     with pytest.warns(UserWarning, match=MESSAGE):
         model.generate(**plain, max_new_tokens=2)
-    with silence():
+    with no_warnings_allowed():
         model.generate(**plain, max_new_tokens=2)
 
 
 def test_no_warning_if_the_missing_source_is_intended() -> None:
     model = fused("llama").eval()
-    with silence():
+    with no_warnings_allowed():
         model(**tiny.batch("llama"))
         fused("llama", fusion=None).eval()(**text("llama"))
         with model.disable_adapter():
@@ -63,7 +63,7 @@ def test_no_warning_if_the_missing_source_is_intended() -> None:
     model = fused("llama")
     with pytest.warns(UserWarning, match="was trained without a source"):
         model(**text("llama"))
-    with silence():  # the model was trained without a source, so predicting without one is intended
+    with no_warnings_allowed():  # the model was trained without a source, so predicting without one is intended
         model.eval()(**text("llama"))
 
 
@@ -77,6 +77,6 @@ def test_a_compiled_model_warns_without_a_graph_break() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             torch.testing.assert_close(logits, model(**text("llama")).logits)
-        with silence():
+        with no_warnings_allowed():
             compiled(**text("llama"))
     torch._dynamo.reset()

@@ -37,7 +37,7 @@ TASKS = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "seq2seq"),
 }
 _CHECKPOINTING = (False, True, "non-reentrant", "reentrant")
-# These heads are trained or used in full precision, and a quantised head allows neither.
+# These heads are trained, or used in full precision, so they must not be quantised.
 _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
 # FlareConfig has a field revision too, but in a recipe revision is an argument of the base's from_pretrained.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}

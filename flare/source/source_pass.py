@@ -352,7 +352,7 @@ class Preparation:
         dtype: autocast's dtype, or None without autocast.
         tokens: stack -> token positions, if source_padding="zero" and padding is removed. Empty if ``masks`` is used.
         masks: stack -> mask (B, m), if source_padding="zero" and padding is set to zero instead of being removed. This
-            is done if the mask is on a GPU, because finding the tokens would wait for the GPU, and if the layers
+            is done in two cases: the mask is on a GPU, where finding the tokens would wait for the GPU; or the layers
             project the states (B, m, d) themselves.
     """
 

@@ -20,7 +20,7 @@ def check_arguments(budget: Any, tiers: Any, directory: Any) -> tuple[list[str],
     if any(isinstance(value, bool) or not isinstance(value, int) for value in values):
         raise TypeError(f"budget={budget!r} must be bytes (an integer), or a dictionary from tier to bytes")
     if any(value < 0 for value in values) or not values:
-        raise ValueError(f"budget={budget!r} must be bytes, 0 or more")
+        raise ValueError(f"budget={budget!r} must be bytes, 0 or more (in a dictionary, for one tier or more)")
     unknown = sorted(set(budget) - set(TIERS)) if per_tier else []
     if unknown:
         raise ValueError(f"budget names {unknown[0]!r}; accepted: {', '.join(map(repr, TIERS))}")

@@ -1,4 +1,6 @@
-"""Compute the cache keys of a batch's rows, and which positions of each row are stored. A row is one text of a batch.
+"""Compute the cache keys of a batch's rows, and which positions of each row are stored.
+
+A row is one example of a batch: its source text and, if decoder states are required, the text that the decoder reads.
 
 With source_padding="keep" a row's key covers all inputs of the frozen model: ids, mask and token types over the padded
 width. With "zero" no adapter reads padding, and tokens do not attend to it, so the key covers the inputs only up to
@@ -110,7 +112,7 @@ class Batch:
 
     Attributes:
         plan: the required states.
-        rows: the Row of each text, in the order of the batch.
+        rows: the Row of each example, in the order of the batch.
         widths: stack -> padded width of its states.
         texts: the columns that the keys are computed from.
         context: a string of everything else that the keys depend on.
@@ -158,7 +160,7 @@ class Batch:
         return cls(plan, make_rows(texts, context, zero_pads), widths, texts, context)
 
     def content(self, index: int) -> str:
-        """Return a hash of a row's tokens that does not depend on the padding."""
+        """Return a hash of a row's tokens and of ``context``, but not of the padding's tokens."""
         digest = hashlib.blake2b(self.context.encode(), digest_size=16)
         for text in self.texts:
             tokens = text.mask[index].nonzero()[0]

@@ -105,7 +105,7 @@ def test_each_problem_in_the_data_is_warned_about(place, tmp_path, capsys):
     assert flare("check", "--task", "classification", *words) == 0
     shown = capsys.readouterr().out.partition("Warnings")[2]
     for line in (
-        "train: 1 rows of vemari dropped because no row of english has their id (id vemari-train)",
+        "train: 1 rows of vemari dropped because no remaining row of english has their id (id vemari-train)",
         "vemari train: 14 of 14 rows have the same text in english; check that each column or folder is the right one",
         "vemari: 5 test texts are also training texts",
         "no training row has the label 'bad', and 1 test rows have it",

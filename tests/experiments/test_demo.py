@@ -228,7 +228,7 @@ def test_rows_are_aligned_by_id_and_drops_are_counted(folder):
     assert data.labels == ("bad", "good")
     assert len(data.finetune) == 8, "the base is fine-tuned on all source rows, even on the row without a target row"
     assert data.notes == [
-        f"{split}: 1 rows of {one} dropped because no row of {two} has their id"
+        f"{split}: 1 rows of {one} dropped because no remaining row of {two} has their id"
         for split in ("train", "test")
         for one, two in (("vemari", "english"), ("english", "vemari"))
     ]
@@ -252,7 +252,7 @@ def test_rows_that_do_not_match_are_dropped_with_a_reason():
     assert [pair.id for pair in pairs] == ["3"]
     text = "\n".join(notes)
     assert "2 rows of source dropped because their ids occur more than once" in text
-    assert "1 rows of target dropped because no row of source has their id" in text
+    assert "1 rows of target dropped because no remaining row of source has their id" in text
     assert "1 pairs dropped because their labels differ" in text
     assert "1 pairs dropped because a text is empty" in text
 
@@ -267,7 +267,10 @@ def test_errors_in_the_data_are_explained(folder):
     with pytest.raises(DemoError, match="no column label; it has id, text"):
         load_parallel(str(folder), "english", "vemari")
     message = r"no row of english/test \(8 rows\) can be paired with a row of vemari/test \(1 rows\)"
-    for row, reason in ((("x", "a", "bad"), "no row of english has their id"), (("0", "a", "good"), "labels differ")):
+    for row, reason in (
+        (("x", "a", "bad"), "no remaining row of english has their id"),
+        (("0", "a", "good"), "labels differ"),
+    ):
         write(folder, "vemari", "test", [row])
         with pytest.raises(DemoError, match=f"{message}.*{reason}"):
             load_parallel(str(folder), "english", "vemari")
@@ -315,7 +318,7 @@ def test_demo_runs_with_the_users_model_and_data(folder, corpus, tmp_path, capsy
     arguments = ["--model", str(model), "--data", str(folder), "--source", "english", "--target", "vemari"]
     tiny = ["--seeds", "1", "--epochs", "1", "--finetune-epochs", "1", "--max-length", "16", "--no-progress"]
     assert main(["demo", "--output", str(tmp_path / "out"), *arguments, *tiny]) == 0
-    assert "no row of english has their id" in capsys.readouterr().out
+    assert "no remaining row of english has their id" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["method"] for row in rows] == METHODS
     run = json.loads((tmp_path / "out" / "run.json").read_text())

@@ -193,7 +193,7 @@ def test_rows_without_counterpart_are_counted():
     assert [pair.target.id for pair in pairs] == ["5", "1"], "pairs are in the order of the target rows"
     assert notes == [
         "test: 2 rows of ace dropped because their ids occur more than once (ids 2, 2)",
-        "test: 5 rows of en dropped because no row of ace has their id (ids 2, 6, 7, ...)",
+        "test: 5 rows of en dropped because no remaining row of ace has their id (ids 2, 6, 7, ...)",
         "test: 1 pairs dropped because their labels differ (id 3)",
         "test: 1 pairs dropped because a text is empty (id 4)",
     ]
@@ -204,7 +204,7 @@ def test_data_without_matching_rows_are_an_error():
         align([example("a"), example("b")], [example("c")], target_name="ace", source_name="en", split="train")
     text = str(raised.value)
     assert "train: no row of ace (2 rows) matches a row of en (1 rows); rows are matched by their id" in text
-    assert "2 rows of ace dropped because no row of en has their id (ids a, b)" in text
+    assert "2 rows of ace dropped because no remaining row of en has their id (ids a, b)" in text
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -236,10 +236,10 @@ def test_gold_and_translated_texts_come_from_their_folders(folders):
     assert texts(pairs)[0] == ("ace 0", None) and len(pairs) == 4 and notes == []
     pairs, notes = load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, target_text="mt")
     assert texts(pairs) == [(f"english-ace {i}", f"english {i}") for i in (3, 1, 0)]
-    assert notes == ["train: 1 rows of english dropped because no row of ace (mt) has their id (id 2)"]
+    assert notes == ["train: 1 rows of english dropped because no remaining row of ace (mt) has their id (id 2)"]
     pairs, notes = load_pairs(NUSAX, data, "english", "ace", "test", translations=mt, source_text="mt")
     assert texts(pairs) == [("ace 0", "ace-english 0"), ("ace 2", "ace-english 2")]
-    assert notes == ["test: 1 rows of ace dropped because no row of english (mt) has their id (id 1)"]
+    assert notes == ["test: 1 rows of ace dropped because no remaining row of english (mt) has their id (id 1)"]
 
 
 def test_error_for_a_missing_translation_gives_the_command(folders):

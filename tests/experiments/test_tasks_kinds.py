@@ -249,7 +249,7 @@ def test_target_rows_without_words_are_errors():
         form.train_rows([Pair(Example("1", {"tokens": "a"}))], with_source=False)
 
 
-def test_each_choice_is_a_pair_with_the_context():
+def test_each_choice_is_encoded_with_its_passage_and_question():
     tokenizer = word_tokenizer("p q x y z P Q X Y Z")
     task = get_task("multiple-choice", **CHOICES)
     form = make_form(task, tokenizer, "encoder")

@@ -67,7 +67,7 @@ def test_the_answer_is_recovered_from_its_marks(translation, plain, answer):
         ("La tour est à [ ] Paris.", "nothing between the marks", "La tour est à Paris."),
     ],
 )
-def test_lost_marks_have_a_reason_and_are_removed(translation, reason, left):
+def test_unusable_marks_raise_with_a_reason_and_can_be_removed(translation, reason, left):
     with pytest.raises(MarksLost, match=reason):
         recover(translation, ("[", "]"))
     assert remove(translation, ("[", "]")) == left

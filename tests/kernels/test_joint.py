@@ -161,8 +161,8 @@ LAUNCHES = {
 @pytest.mark.skipif("not __import__('flare_kernels').backends()['triton']", reason="no Triton backend")
 @pytest.mark.parametrize("tokens", LAUNCHES)
 @pytest.mark.parametrize("fusion", ["add", "add_relu"])
-def test_query_and_value_share_one_launch_per_step(tokens, fusion, device) -> None:
-    """Two adapters with the same rank and fusion take one launch per step of the adapter, and match plain PyTorch."""
+def test_query_and_value_share_every_launch(tokens, fusion, device) -> None:
+    """Two adapters with the same rank and fusion run each kernel of `LAUNCHES` once, and match plain PyTorch."""
     from flare_kernels.launch_mode import counting
 
     def randn(*size: int) -> Tensor:

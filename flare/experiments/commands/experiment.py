@@ -32,7 +32,8 @@ class SettingsCommand:
         work: function that runs the command, called with an object of the settings class.
         after_interrupt: message after Ctrl-C, which says what is kept and how to resume. The command line replaces
             ``{command}`` in it.
-        shared: names of the options that the --config file may hold for other commands; this command skips them.
+        shared: names of options that several commands may read from one --config file. If this command lacks such an
+            option, it skips the option.
     """
 
     name: str
@@ -54,7 +55,7 @@ class SettingsCommand:
             allow_abbrev=False,
         )
         add_options(parser, self.settings, training=any(one.name == "training" for one in fields(self.settings)))
-        # cli.main passes flags that the parser does not know as `rest`, because they may belong to TrainingArguments
+        # cli.main passes as `rest` the flags that the parser does not know: they may belong to TrainingArguments
         parser.set_defaults(command=self._run, rest=[], after_interrupt=self.after_interrupt)
 
     def _run(self, rest: Sequence[str], **options: Any) -> None:

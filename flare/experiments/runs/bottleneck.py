@@ -46,8 +46,8 @@ def measure_bottleneck(
         autocast: dtype of mixed precision; None: no mixed precision.
 
     Returns:
-        (sizes, activations). sizes is {"layers": [names of the fusing projections in the base model, in its order],
-        "S": [mean |S| of each projection], "T": [mean |T| of each projection]}, or None if no layer fused. The means
+        (sizes, activations). sizes is {"layers": [names of the fusing projections in the base model, as they run], "S":
+        [mean |S| of each projection], "T": [mean |T| of each projection]}, or None if no layer fused. The means
         exclude padding tokens. activations is None if the first query projection did not fuse, or if its source has no
         tokens (FLARE MT).
     """
@@ -61,7 +61,7 @@ def measure_bottleneck(
         def record(module: FlareLayer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x, slot = arguments[0] if arguments else keywords["x"], THREAD.slot
             if slot.met is not None and module in slot.met:
-                return  # the layer's second call in one block, whose input is not a text (flare.source.carrier)
+                return  # DeBERTa calls the layer again in the same block, for its relative positions
             for adapter in module.active_here():
                 fusion, x_source, S = module.source_of(adapter, slot.context)
                 if fusion is None:

@@ -95,7 +95,7 @@ class Settings:
     resume: bool = option(
         "bool",
         "skip finished runs and resume unfinished runs (--no-resume: restart both, and keep the old runs as earlier-N; "
-        "flare evaluate then also replaces the scores of trained adapters in the same setting)",
+        "but flare evaluate --no-resume overwrites the scores that an adapter already has for this source text)",
         True,
     )
 

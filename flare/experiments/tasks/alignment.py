@@ -122,7 +122,10 @@ def match(
         (targets_by_id, sources_by_id, target_name, source_name),
         (sources_by_id, targets_by_id, source_name, target_name),
     ):
-        drop(f"rows of {language} dropped because no row of {other} has their id", list(filterfalse(others.get, rows)))
+        drop(
+            f"rows of {language} dropped because no remaining row of {other} has their id",
+            list(filterfalse(others.get, rows)),
+        )
     matched = [Pair(row, sources_by_id[key]) for key, row in targets_by_id.items() if key in sources_by_id]
     same_label = [pair for pair in matched if _same_label(pair)]
     drop("pairs dropped because their labels differ", _removed_ids(matched, same_label))
