@@ -35,7 +35,7 @@ def batch(family: str = "llama", seed: int = 2) -> dict[str, torch.Tensor]:
 
 
 def projections(model) -> dict[str, nn.Linear]:
-    """Return adapter name -> projection, and check that each adapter has one."""
+    """Return adapter name -> projection, and check that no adapter has two."""
     named_projections = [
         (name, module[name])
         for path, module in model.named_modules()

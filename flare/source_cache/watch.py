@@ -2,7 +2,8 @@
 
 To be fast, the check uses flat lists that are made once, and functions that run in C. It compares the identity of every
 object on the path to a weight, each weight's address, version and ``requires_grad``, the merged adapters, the modules'
-plain attributes and the config. If something differs, the modules are traversed again to see what changed.
+plain attributes and the config. If something differs, the cache makes a new :class:`Watch` and compares the two:
+the weights may still be the same (for example, in other modules of PEFT).
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ _SPECIAL = ("pad", "bos", "eos")
 
 
 def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of plain lists and numbers, with labels under one name and without columns that hold None.
+    """Return rows of lists and numbers, with the labels also under "labels", and without columns that hold None.
+
+    ``source_states`` become a float32 tensor.
 
     Raises:
         ValueError: there are no rows, labels are text, or token ids are missing, empty or text.

@@ -49,7 +49,7 @@ class TileConfig:
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_K", "BLOCK_N", "BLOCK_R") if name in names}
 
 
-#: step -> form -> the kernels whose tiles are part of the form. A step is one operation of the adapter, a form one
+#: step -> form -> the kernels of the form that take tile sizes. A step is one operation of the adapter, a form one
 #: implementation of it. The general rule takes the first form; "torch" is plain PyTorch. Forms that are never the
 #: fastest on an H200 are kept because the tuner may choose them on other GPUs. The times are from
 #: tables/nvidia-h200.json: query and value of Llama 8B, M = 8192, r = 64, unless stated otherwise. In "a vs. b us", a
@@ -76,7 +76,7 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
         "last_adds": ("grad_weight_last_adds",),  # M = 2048: 18.4 vs. 22.1 us; M = 8192: 47.9 vs. 47.4 us
         "torch": (),  # never the fastest: 57.1 vs. 47.4 us
     },
-    # dx that is not added to an existing buffer: torch 27.8 vs. 33.4 us; at r = 8, torch 25.8 vs. 20.3 us
+    # measured with dx written to a new buffer: torch 27.8 vs. 33.4 us; at r = 8, torch 25.8 vs. 20.3 us
     "grad_input": {"torch": (), "triton": ("grad_input",)},
     "decode": {"triton": ("shrink_decode", "expand_decode")},
     # order of adapters and frozen products (flare_kernels/order.py), forward and backward: adapter_first 1103 us,
@@ -165,7 +165,8 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
 }
 
 # Rows that replace rows of _NARROW_ROWS on a GPU with at least HOPPER_SHARED_BYTES. On an H200, the tuner found no
-# faster configuration than the row of rank 128 (47.4 us, query and value of Llama 8B at M = 8192).
+# faster configuration than the row of rank 128, which query and value with r = 64 use together (47.4 us, Llama 8B,
+# M = 8192).
 _HOPPER_ROWS: dict[str, dict[int, _Row]] = {
     "grad_weight": {
         64: (64, 128, 0, 64, 4, 4, 4),

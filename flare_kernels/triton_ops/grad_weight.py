@@ -66,10 +66,10 @@ def grad_weight_kernel(
     """Compute out[i_split] = dT^T drop(x) + dS^T drop(x_source) over the rows of one split.
 
     dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program accumulates a (BLOCK_K, BLOCK_R) tile
-    of dA^T and stores its transpose. The matrix products then have BLOCK_K rows, at least 64 in the general rule at
-    every rank. A tile of dA would give the products BLOCK_R rows, which are only 16 at a small rank. With
-    LAST_ADDS, the program that finishes a tile last writes the sum of the tile's splits to total (R, K). counters has
-    one entry per tile, which is zero before and after the launch.
+    of dA^T and stores its transpose. The matrix products then have BLOCK_K rows: at least 64 at every rank, unless a
+    tuned table has other tiles. A tile of dA would give the products BLOCK_R rows, which are only 16 at a small rank.
+    With LAST_ADDS, the program that finishes a tile last writes the sum of the tile's splits to total (R, K). counters
+    has one entry per tile, which is zero before and after the launch.
     """
     i_k = tl.program_id(0)
     i_r = tl.program_id(1)

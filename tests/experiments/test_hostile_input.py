@@ -244,9 +244,10 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_messages_name_existing_flags():
-    """A flag after `flare COMMAND` must be a flag of that command, or in runs/ of any command that uses the module.
+    """A flag that follows `flare COMMAND` in a message must be a flag of that command.
 
-    All other flags must be flags of a command that uses the module.
+    All other flags must be flags of a command that uses the message's module. In runs/, such a flag may also follow
+    `flare COMMAND`.
     """
     flags = _flags()
     every = set().union(*flags.values())

@@ -100,7 +100,7 @@ def real_task(settings: DemoSettings, print_fn: Callable[[str], None] = print) -
     data = load_parallel(settings.data, settings.source, settings.target)
     for note in data.notes:
         print_fn(f"Data: {note}")
-    for line in ("labels of the training rows in the source language:", *data.table):
+    for line in ("labels of the rows in the source language, which the base is fine-tuned on:", *data.table):
         print_fn(line)
     try:
         model = find_model(settings.model, "--model")

@@ -97,9 +97,9 @@ class FinishedBatches:
         size = 0
         self._file.seek(0)
         for line in self._file:
-            try:
+            try:  # a line without a newline: the process was killed while it wrote it
                 content = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:  # the process was killed while it wrote this line
+            except ValueError:  # a damaged line
                 content = None
             if content is None:
                 break
