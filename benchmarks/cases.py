@@ -117,7 +117,7 @@ def measure(
 
 
 def failed(shape: shapes.Shape, variant: str, conditions: str, error: Exception) -> Measured:
-    """Return the result of a case whose variants could not be built: one row with the error."""
+    """Return the result of a case in which building or timing the variants failed: one row with the error."""
     row = {**_row_header(shape, variant, conditions), "reason": f"{type(error).__name__}: {error}"}
     return Measured(shape.case, {variant: row}, {})
 
