@@ -109,7 +109,10 @@ _STRIPS = {"G_0", "G_1", "G_2", "T", "S", "out"}
 
 
 def launches(problem: Problem, form: str, **tiles: Any) -> list[Any]:
-    """Return the launches of a step in one form. Tile sizes that are not given follow the rule for a large GPU."""
+    """Return the launches of a step in one form, recorded for a GPU with 227 KiB of shared memory per thread block.
+
+    ``tiles`` has the TileConfig of kernels by name. Other kernels use the configuration that the package chooses.
+    """
     from flare_kernels.triton_ops.primitives import tuned
 
     inputs = problem.make(torch.device("cpu"), real=False)
