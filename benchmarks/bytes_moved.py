@@ -4,8 +4,9 @@ The steps are the primitives shrink, expand, grad_bottleneck, grad_weight and gr
 lower bound of each step at a shape, with every input read once and every output written once. The frozen products are
 not counted. A form is one way to launch a step, and ``moved`` adds up what the launches of a form read and write. The
 numbers hold for bf16 and deterministic kernels; dA, dB and partial sums are float32.
-Sizes: y_i and its gradient G_i are (M, n_i), and N is the sum of the n_i; T, S, dT and dS are (M, R), and R is r times
-the number of projections; A is (R, d); B_i is (n_i, r). H_i = phi(S_i, T_i) is (M, r), and dH_i = G_i B_i.
+Sizes, with M tokens, input width d and rank r: x, x_source and dx are (M, d). For each projection i, y_i and its
+gradient G_i are (M, n_i), and N is the sum of the n_i; T, S, dT and dS are (M, R), and R is r times the number of
+projections; A is (R, d); B_i is (n_i, r). H_i = phi(S_i, T_i) is (M, r), and dH_i = G_i B_i.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def least_reading_once(shape: ProjectionShape, programs: int) -> int:
 
     In a grid of ``row_groups`` x ``column_groups`` programs, program (i, j) reads the rows of group i and the columns
     of group j; a group of columns lies within one projection. If a projection has several groups of columns, its dH is
-    a sum of partial sums. If there are several groups of rows, dB is. Each partial sum is written and read once. The
-    result is the minimum over all such grids.
+    a sum of partial sums. If there are several groups of rows, dB is a sum of partial sums. Each partial sum is written
+    and read once. For each number of groups of rows from 1 to ``programs``, the grid has the fewest groups of columns
+    that give at least ``programs`` programs. The result is the minimum over these grids.
     """
     M, N, count, r = shape.M, sum(shape.widths), len(shape.widths), shape.r
 
@@ -107,7 +109,10 @@ _STRIPS = {"G_0", "G_1", "G_2", "T", "S", "out"}
 
 
 def launches(problem: Problem, form: str, **tiles: Any) -> list[Any]:
-    """Return the launches of a step in one form. Tile sizes that are not given follow the rule for a large GPU."""
+    """Return the launches of a step in one form, recorded for a GPU with 227 KiB of shared memory per thread block.
+
+    ``tiles`` has the TileConfig of kernels by name. Other kernels use the configuration that the package chooses.
+    """
     from flare_kernels.triton_ops.primitives import tuned
 
     inputs = problem.make(torch.device("cpu"), real=False)

@@ -57,7 +57,7 @@ Variants = Mapping[str, Variant | Skipped | str]
 
 @dataclass
 class Measured:
-    """Result of a case: a row for every variant, and the samples of the variants that were timed."""
+    """Result of a case: a row for every variant (but see `failed`), and the samples of the timed variants."""
 
     case: str
     rows: dict[str, dict[str, Any]]
@@ -117,7 +117,7 @@ def measure(
 
 
 def failed(shape: shapes.Shape, variant: str, conditions: str, error: Exception) -> Measured:
-    """Return the result of a case whose variants could not be built: one row with the error."""
+    """Return the result of a case in which building or timing the variants failed: one row with the error."""
     row = {**_row_header(shape, variant, conditions), "reason": f"{type(error).__name__}: {error}"}
     return Measured(shape.case, {variant: row}, {})
 

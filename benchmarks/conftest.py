@@ -110,7 +110,7 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
                 torch.cuda.empty_cache()
             try:
                 _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
-            except Exception as error:  # the case could not be built, and every variant reports this error
+            except Exception as error:  # building or timing failed, and every variant reports this error
                 _last = failed(shape, variant, conditions, error)
             gc.collect()
             _recorder.add(_last.rows.values())

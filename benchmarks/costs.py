@@ -1,8 +1,8 @@
 """Make tables of what each method costs.
 
-Every case (a question at one shape, see cases.py) has one table with a description of each method. A sentence below it
-compares FLARE with input-level fusion. `pytest benchmarks/` prints the tables, and table.md begins with them. They are
-Markdown with aligned columns.
+Every measured case (a question at one shape, see cases.py) of the questions in `_COSTS` has one table with a
+description of each method. If FLARE and input-level fusion were both timed, a sentence below the table compares them.
+`pytest benchmarks/` prints the tables, and table.md contains them. They are Markdown with aligned columns.
 """
 
 from __future__ import annotations
@@ -171,7 +171,10 @@ def _title(row: Row) -> str:
 
 
 def _columns(timed: list[Row]) -> list[Column]:
-    """Return the columns for which the rows of one case have numbers."""
+    """Return the columns of the table of one case.
+
+    Columns of busy time and of ratios are left out if no row has the numbers that they need.
+    """
     question = timed[0]["question"]
     by_name = {row["variant"]: row for row in timed}
     seconds_of = _device_seconds if question == "projection" else _wall_seconds
@@ -229,7 +232,10 @@ def _tokens_per_s(row: Row) -> str:
 
 
 def _digits(value: float | None, unit: float = 1.0) -> str:
-    """Format a number with three significant digits and without an exponent."""
+    """Format ``value / unit`` without an exponent: all digits before the decimal point, and up to two after it.
+
+    Numbers from 1 to 1000 thus have three significant digits.
+    """
     if value is None:
         return "-"
     value /= unit
@@ -238,7 +244,7 @@ def _digits(value: float | None, unit: float = 1.0) -> str:
 
 
 def aligned(head: list[str], body: list[list[str]]) -> str:
-    """Return a Markdown table with columns as wide as their widest cell; all but the first are right-aligned."""
+    """Return a Markdown table. Columns are as wide as their widest cell; all except the first are right-aligned."""
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 

@@ -55,8 +55,8 @@ _UNTIL_REPLAY = 4
 def methods_of(shape: shapes.StepShape) -> tuple[str, ...]:
     """Return the methods of this file for a shape.
 
-    One block is timed compiled, and a whole step captured and compiled. Padded shapes of small models are timed only
-    captured; those of big models are not timed here.
+    For the question "block", steps are compiled. For the question "step", they are captured and compiled, but on padded
+    rows they are only captured, and only for small models. Other questions have no methods of this file.
     """
     big = shape.model.d > 1024
     if shape.padded:

@@ -4,11 +4,11 @@
 
 With --dry it runs small shapes in Triton's interpreter.
 
-The row programs ("rows") compute dT and dS, the strip programs ("strips") compute dB, and "both" computes all. Each
-part is timed with many tile sizes, and "both" also in two forms (ways to launch the programs). If Nsight Compute (ncu)
-is on PATH, the fastest case of each part also runs under it, for the L2 hit rate and the memory traffic. --output
-receives one JSON object with the run's conditions and one row per measurement; the file is complete after each
-measurement.
+The row programs ("rows") compute dT and dS, the strip programs ("strips") compute dB, and "both" computes all. At each
+shape, each part is timed with many tile sizes, and "both" also in two forms (ways to launch the programs). If Nsight
+Compute (ncu) is on PATH, the fastest case of each shape and part also runs under it, for the L2 hit rate and the memory
+traffic. --output receives one JSON object with the run's conditions and one row per measurement; the file is complete
+after each measurement.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def inputs(shape: str, tokens: int, device: torch.device) -> Callable[[], dict[s
 
 
 def run(part: str, t: dict[str, Any]) -> list[Tensor] | None:
-    """Compute a part of the gradients. Return dB, or None if the part does not include dB."""
+    """Compute a part of the gradients. Return dB of each projection, or None if the part does not include dB."""
     outs: dict[str, Any] = {} if part == "strips" else {"dT": t["dT"], "dS": t["dS"]}
     outs |= {} if part == "rows" else {"B_grad_dtype": torch.float32}
     call = {"scalings": [2.0] * len(t["Gs"]), "fusion": "add_relu"}
@@ -117,7 +117,7 @@ def measure(case: Case, rotation: Rotation, device: torch.device, how: Effort) -
 
 
 def counters(case: Case) -> dict[str, Any]:
-    """Return the counters of Nsight Compute for one call of a case; empty if it cannot run."""
+    """Return the counters of Nsight Compute for one call of a case; empty if ncu is missing or fails."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return {}

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 import flare
 
 VARIANTS = ("frozen", "peft", "lora", "flare", "flare-recompute", "flare-warm")
-#: Depth of a second, shallower model, as a share of the depth. Its calls are subtracted, which cancels the calls that a
-#: step makes outside the blocks.
+#: Depth of a second, shallower model, divided by the depth of the measured model. Its calls are subtracted, which
+#: cancels the calls that a step makes outside the blocks.
 _SHORT = 1 / 3
 _MEMORY = {"flare": "keep", "flare-recompute": "recompute", "flare-warm": "keep"}
 _WARMUP = 3
@@ -71,7 +71,7 @@ class HostStep:
 
 
 def steps_of(shape: HostShape, device: torch.device, variants: tuple[str, ...] = VARIANTS) -> dict[str, HostStep]:
-    """Return the step of each variant. All variants share one set of frozen weights. B is random."""
+    """Return the step of each variant. All variants share one set of frozen weights. LoRA's B is random."""
     dtype = PRECISION if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     base = base_model(shape.model, shape.depth, 2 * shape.m, device, dtype).requires_grad_(False)
@@ -80,7 +80,7 @@ def steps_of(shape: HostShape, device: torch.device, variants: tuple[str, ...] =
 
 
 def _batch(shape: HostShape, device: torch.device) -> dict[str, Tensor]:
-    """Return full rows. An encoder-decoder has as many target tokens as source tokens."""
+    """Return rows without padding. The labels of an encoder-decoder have as many tokens as its input."""
     texts = torch.randint(5, shape.model.vocabulary, (3, shape.B, shape.m), device=device)
     labels = {"xlmr": torch.arange(shape.B, device=device) % 3, "llama": texts[0], "mt5": texts[2]}
     return {"input_ids": texts[0], "source_input_ids": texts[1], "labels": labels[shape.model.family]}
@@ -148,7 +148,7 @@ def watching_host() -> Iterator[HostCalls]:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """Counts of a step, divided by the number of blocks. An encoder block and a decoder block count as one block.
+    """What one block adds to the counts of a step. An encoder and a decoder block together count as one block.
 
     Attributes:
         calls: Python and C calls.

@@ -1,4 +1,4 @@
-"""Run methods of models.py on Liger's kernels, which are applied in the same way as by ``use_liger_kernel``.
+"""Run methods of models.py on Liger's kernels, applied as the option ``use_liger_kernel`` of TrainingArguments does.
 
 Liger replaces RMSNorm, the gated feed-forward layer, the rotary embedding, and the head with its loss, so that the full
 logits are never in memory. It replaces the function of the rotary embedding for all models of a family. The methods on
@@ -27,7 +27,7 @@ ROWS = {
 
 
 def refusal(device: torch.device) -> str | None:
-    """Return why these rows cannot run on this machine, or None if they can."""
+    """Return why the rows of this file cannot run on this machine, or None if they can."""
     if device.type != "cuda":
         return "Liger's kernels need a CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:

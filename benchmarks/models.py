@@ -272,12 +272,12 @@ class Models:
         return model(**arguments(method, batch)).loss
 
     def all_states(self, model: Any, batch: Batch) -> list[Tensor]:
-        """Run the authors' source pass: the whole model with its head; return all hidden states."""
+        """Run the authors' source pass: the whole model with its head (mT5: the encoder). Return all hidden states."""
         with torch.no_grad(), model.disable_adapter():
             return list(self._source_reader(model)(**batch.source, output_hidden_states=True).hidden_states)
 
     def block_outputs(self, model: Any, batch: Batch) -> list[Tensor]:
-        """Return the output of every block on the source text, which this package reads by default."""
+        """Return the output of every block on the source text. By default, this package fuses with these outputs."""
         states: list[Tensor] = []
 
         def note(block: nn.Module, args: Any, output: Any) -> None:

@@ -2,11 +2,11 @@
 
     python benchmarks/plot.py results.json [more.json ...] [--output FOLDER]
 
-Without --output, the script prints what each method costs. Otherwise it writes table.md and the figures for which the
-files have rows: steps.png (time and memory of a step), scaling.png (time and memory for several text lengths m),
+Without --output, the script prints what each method costs. With --output, it writes table.md and the figures for which
+the files have rows: steps.png (time and memory of a step), scaling.png (time and memory for several text lengths m),
 roofline.png (speed of each kernel and limits of the device) and parts.png (time of the parts of a step). The table
-shows every row, including rows in which this package is slower, and skipped rows with the reason. The caption
-of a figure gives device, versions, commit, date and conditions.
+shows every row, including rows in which this package is slower, and skipped rows with the reason. The caption of a
+figure gives device, versions, commit, date and conditions.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def _save(figure: Any, path: Path, caption_text: str) -> None:
 
 
 def along_m(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return, for each model, the timed rows of the question "scaling" in which only the text length m varies."""
+    """Return, for each model, the timed rows of the question "scaling" in which only the text length m varies.
+
+    Models that were timed at a single m are left out.
+    """
     timed = [row for row in rows if row["status"] == "timed" and row["question"] == "scaling"]
     by_model: dict[str, list[Row]] = {}
     for row in timed:

@@ -1,10 +1,10 @@
-"""Compile the kernels that the GPU benchmarks and tests launch into Triton's cache, on all processor cores.
+"""Compile the kernels that the GPU benchmarks and some tests launch into Triton's cache, on all processor cores.
 
     python benchmarks/precompile.py [--jobs N] [--seconds S] [--most N]
 
 A benchmark runs in one process and compiles missing kernels one after the other. Compiling them in advance lets a run
 of all cases start timing minutes earlier. The launches are recorded on the device, so that they follow its launch
-table, but they are not executed. The frozen products are executed. The kernels of kernel tests are not included,
+table, but they are not executed. The frozen products are executed. The launches of tests/kernels are not included,
 because these tests compile in their own processes. Without a GPU, the kernels are compiled for sm_90.
 """
 

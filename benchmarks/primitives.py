@@ -1,9 +1,9 @@
-"""Call the primitives (the five steps of an adapter) directly. The other benchmarks call the public functions.
+"""Call the primitives (the five steps of an adapter) directly. Most other benchmarks call the public functions.
 
 A case is one primitive on one projection. ``operands`` makes its inputs, ``run`` calls the primitive in a module that
 implements it, ``oracle`` computes the results in float64, and ``flops`` counts the operations.
-``bytes_moved.step_bytes`` computes the bytes of a case. Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n);
-A (r, d); B (n, r).
+``bytes_moved.step_bytes`` computes the bytes of a case. Shapes, with M tokens, input width d, output width n and rank
+r: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n); A (r, d); B (n, r).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def recorded_launches(shape: KernelShape) -> int | None:
 
 
 def operands(shape: KernelShape, device: torch.device) -> Operands:
-    """Return random inputs in bf16. A and B are scaled so that x A^T and H B^T have unit scale."""
+    """Return random inputs in bf16. A and B are scaled so that the entries of products with them have unit scale."""
     M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:

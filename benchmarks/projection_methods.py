@@ -1,8 +1,8 @@
 """Compute the q and v projections of one block with a fusing adapter in several ways, and in float64 as a reference.
 
-A method computes the output of each projection from the inputs of a case. :func:`step` adds the backward pass. Inputs:
-x, x_source (M, d); per projection the weight W (n, d), the bias b (n), the output gradient G (M, n), and for adapted
-projections A (r, d) and B (n, r).
+A method computes the output of each projection from the inputs of a case. :func:`step` adds the backward pass. Inputs,
+with M tokens, input width d, output width n and rank r: x, x_source (M, d); per projection the weight W (n, d), the
+bias b (n), the output gradient G (M, n), and for adapted projections A (r, d) and B (n, r).
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def peft_layers(shape: shapes.ProjectionShape, frozen: Frozen, t: Inputs, p: flo
 def eager(pair: Any, frozen: Frozen) -> Project:
     """Return the method on PEFT's layers.
 
-    It casts x to the adapters' dtype, and every product and sum is one operation.
+    It casts x and x_source to the adapters' dtype, and every product and sum is one operation.
     """
 
     def project(t: Inputs) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ base               per weight: 4 in float32, 2 in bfloat16, 1/2 + 1/64 + 1/4096 
 trained weights    per weight, in float32: 4 (weight) + 4 (gradient) + 8 (AdamW's state; 2 for the 8-bit AdamW)
 source states      2 d per token and fusing block, with source_memory="keep"
 block              per token and block, saved by autograd in bfloat16 autocast without checkpointing:
-                   2 (6 d) for x, q, k, v, the attention's output and its input; 4 (2 d) for the inputs of two norms;
+                   2 (6 d) for x, q, k, v, and the input and output of attention; 4 (2 d) for the inputs of two norms;
                    2 d for dropout masks (not in Llama and Gemma 2); 2 f a for the feed-forward layer of width f,
                    where a is 1, or 3 if the layer is gated; in mT5, which has no fused attention, 7 m per head (scores)
 checkpointing      2 d per token and block, plus the part "block" for a single block

@@ -1,11 +1,11 @@
 """Define the sizes that the benchmarks run: shapes of models, from their published configurations, and grids of cases.
 
 A case is one shape of one question, for example the cost of a training step. A grid is a list of cases. Every shape
-has: ``question``, the name of its question; ``case``, the name of its case; ``headline``, whether the summary and the
-figures use the case; and ``estimate_s``, the estimated seconds of the case on a data-centre GPU. There are three grids:
-``tiny`` (default on a CPU: small models of the same proportions), ``main`` (default on a GPU: everything that
-`summary.json` needs, and a few more sizes) and ``full`` (everything). The letters are: d width, M tokens, B rows, m
-tokens per row, r rank, L blocks.
+has: ``question``, the name of its question; ``case``, the name of its case; ``headline``, whether it is one of the main
+cases, which the summary and most figures show; and ``estimate_s``, the estimated seconds of the case on a data-centre
+GPU. There are three grids: ``tiny`` (default on a CPU: small models, mostly with the proportions of the published
+models), ``main`` (default on a GPU: everything that `summary.json` needs, and a few more sizes) and ``full``
+(everything). The letters are: d width, M tokens, B rows, m tokens per row, r rank, L blocks.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def steps(which: str) -> list[StepShape]:
 def host(which: str) -> list[HostShape]:
     """Return the cases that measure the work of the host in a training step.
 
-    Their batches have more than 64 tokens, because fewer tokens would run the kernels for decoding.
+    Their batches have more than 64 tokens, because batches of up to 64 tokens run the kernels for decoding.
     """
     if which == "tiny":
         models = (HOST_XLMR, HOST_LLAMA, HOST_MT5)

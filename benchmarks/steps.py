@@ -37,7 +37,7 @@ _READ_SOURCE = ("authors", "eager-sdpa", "flare", "flare-offload", "flare-recomp
 
 
 def effort(device: torch.device) -> Effort:
-    """Return how long to measure: fewer rounds than the default on a GPU, where steps are long, and more on a CPU."""
+    """Return how long to measure: 3 to 20 rounds on a GPU, where steps are long, and 11 to 20 rounds on a CPU."""
     return Effort(6.0, 3, 20, 1) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
 
 
@@ -160,7 +160,7 @@ class _Case:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Reset the adapters to their initial weights, with which gradients are compared."""
+        """Reset the adapters to their initial weights. Compared gradients are always computed at these weights."""
         torch._foreach_copy_(self.models.trained, self.initial)
 
     def require(self, method: str, grads: dict[str, Tensor]) -> dict[str, float]:
@@ -278,9 +278,9 @@ class _Case:
         return counters
 
     def _parts(self, method: str) -> dict[str, float]:
-        """Return the seconds of source pass, forward, backward and optimizer.
+        """Return the seconds of source pass, forward without the source pass, backward and optimizer.
 
-        The device is idle before and after a part.
+        The device is idle before and after each timed call.
         """
         models, device = self.models, self.device
         parts: dict[str, list[float]] = {"source": [], "forward": [], "backward": [], "optimizer": []}

@@ -2,9 +2,9 @@
 
     python benchmarks/summary.py results.json [more.json ...] --output summary.json
 
-Almost every number is a ratio of two rows that were timed in turn on the same device. ``targets`` tells which targets
-are met. If the models are small stand-ins or there is no GPU, no target is judged, and ``note`` gives the reason. A
-number is null if its rows are missing.
+Most numbers are ratios of two rows of one case, which were timed in turn on the same device. ``targets`` tells which
+targets are met. If the models are small stand-ins or there is no GPU, no target is judged, and ``note`` gives the
+reason. A number is null if its rows are missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Key:
         name: key of the number in the summary.
         meaning: description of the number for the reader of the summary.
         number: computes the number from the rows of a model family.
-        bound: relation of the number to its target: "<=", ">=" or ">".
+        bound: relation that the number must have to its target: "<=", ">=" or ">". Empty if no family has a target.
         limits: the target of each family in `FAMILIES`, or None for a family without a target.
     """
 

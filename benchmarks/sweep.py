@@ -1,4 +1,4 @@
-"""Split the grid (the list of all cases) into parts that take less than nine minutes each.
+"""Split the grid (the list of all cases) into parts that should take less than nine minutes each.
 
     python benchmarks/sweep.py          # list the parts
     benchmarks/run_gpu.sh sweep 3       # run the third part

@@ -1,8 +1,9 @@
 """What does one transformer block cost, forward and backward, with and without a source?
 
-The model has one block of the real transformers classes, random weights, and a vocabulary of 1,024, so that embedding
-and head cost almost nothing. Gradients reach the block's input, as inside a deep model. FLARE first runs the frozen
-block on the source text. Input-level fusion reads source and target as one text of 2m tokens.
+The model has one block of the real transformers classes, random weights, and a vocabulary of at most 1,024, so that
+embedding and head cost almost nothing. Gradients reach the block's input, as inside a deep model. FLARE first runs the
+frozen block on the source text (flare-warm reads its states from a cache). Input-level fusion reads source and target
+as one text of 2m tokens.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 pass runs, and the source's bottleneck S is an input. On a GPU, a CUDA graph of the call is also measured; its replay
 must be bitwise equal to the call.
 
-``generate`` measures tokens per second and block executions of whole greedy `generate` calls on models of real width.
+``generate`` measures tokens per second and block executions of whole greedy `generate` calls on models of full width
+(small models in the grid ``tiny``).
 The source has a separate pass (with source_layer_offset 0 or 1) or shares one pass with the target (offset 0). To add a
 way to generate, add it to PROVIDERS.
 """

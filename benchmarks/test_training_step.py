@@ -7,13 +7,12 @@ device's memory. The grid ``tiny`` has small models. Each row of the results has
 mask, or padded (batches.py). The dtype is bf16 on a GPU and float32 on a CPU. The adapters have the model's dtype,
 which favours PEFT's layers: PEFT's default of float32 adapters is slower (see test_projection.py).
 
-Every row has wall time and host time, and on a GPU also device-busy time and the number of kernels and copies.
-"theory" is the expected time divided by the expected time of plain LoRA (models.UNITS). It counts the arithmetic of the
-frozen blocks; adapters, head and the quadratic part of attention are not counted. A row is marked as wrong if its
-method runs another number of blocks than expected.
-The row frozen has no optimizer step, and contains the seconds of one frozen block. Input-level fusion computes the
-logits of all 2m positions, as transformers does if labels are given. mT5 reads both texts in its encoder and has m / 4
-target tokens in its decoder.
+Every row has wall time and host time, and on a GPU also device-busy time and the number of kernels and copies. "theory"
+is the expected time divided by the expected time of plain LoRA (models.UNITS). It counts the arithmetic of the frozen
+blocks; adapters, head and the quadratic part of attention are not counted. A row is marked as wrong if its gradients
+are wrong, or if an eager method runs another number of blocks than expected. The row frozen has no optimizer step, and
+contains the seconds of one frozen block. Input-level fusion computes the logits of all 2m positions, as transformers
+does if labels are given. mT5 reads both texts in its encoder and has m / 4 target tokens in its decoder.
 """
 
 from __future__ import annotations

@@ -191,7 +191,8 @@ def interleave(
 
     Args:
         calls: the call of each variant, by name.
-        queue_ahead: on a GPU, measure device seconds in a second call, whose launches are queued before it starts.
+        queue_ahead: on a GPU, measure device seconds in a second call, and queue its launches before the device
+            starts to run them.
         how: how long to measure. None: `effort`.
     """
     # a dry run only shows that every call works
@@ -227,7 +228,10 @@ def _frozen_heap() -> Iterator[None]:
 
 
 class Replay:
-    """A timer for pytest-benchmark that replays measured durations: two readings differ by the next duration."""
+    """A timer for pytest-benchmark that replays measured durations.
+
+    The readings before and after a round differ by the next duration. If none is left, the timer is a normal clock.
+    """
 
     def __init__(self) -> None:
         self._durations: list[float] = []
