@@ -205,7 +205,7 @@ def _keep_call(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _mix(result: nn.Module, args: Any, output: Any) -> Any:
-    """Hook after self-attention: keep keys and values of the source; mix the target."""
+    """Hook after self-attention: keep keys and values in the run on the source, mix in the run on the target."""
     runtime = runtime_of(result)
     if runtime.mode is None or runtime.in_second_call or runtime.lambda0 == 0:
         return None
@@ -279,6 +279,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention function for the second call, as transformers calls it: query (B, h, n, e) -> (B, n, h, e).
 
+    In the run on the source, keep the keys and values, and return the query unchanged, because the result is not used.
     The mask and the window that the module passes belong to self-attention on the target. They are ignored, because a
     target token attends to all visible source tokens.
     """
@@ -310,12 +311,15 @@ _compat.register_attention(_IMPLEMENTATION, _attention)
 
 
 def pair_entropy(scores: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """Return (B,): the mean entropy of attention from target to source plus from source to target.
+    """Return (B,): the entropy of attention from target to source plus the entropy of attention from source to target.
+
+    Each entropy is a mean over heads and query tokens.
 
     Args:
         scores: (B, h, n, m), from target to source, before masks and softmax. Transposed, they are the scores from
             source to target.
-        target, source: (B, n) and (B, m) bool, the tokens that are attended to and over which the means are taken.
+        target, source: (B, n) and (B, m) bool, True for the tokens that count. Other tokens are not attended to and do
+            not enter the means.
     """
     return _entropy(scores, target, source) + _entropy(scores.transpose(2, 3), source, target)
 
@@ -334,7 +338,7 @@ def mixup_ratio(entropy: Tensor, weight: Tensor, bias: Tensor, lambda0: float) -
 
 
 def _masked(scores: Tensor, keys: Tensor) -> Tensor:
-    """Mask scores (B, h, queries, keys) at keys (B, keys) that are False. Without any key the softmax is uniform."""
+    """Mask scores (B, h, queries, keys) at keys (B, keys) that are False. If all keys are False, softmax is uniform."""
     return scores.masked_fill(~keys[:, None, None], torch.finfo(scores.dtype).min)
 
 
