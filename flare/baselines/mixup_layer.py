@@ -59,6 +59,11 @@ class MixupRuntime:
     """State that the hooks of one model share. It is attached to modules, and copied and pickled with them.
 
     Attributes:
+        model: the transformers model.
+        place: the mixup block and its modules.
+        adapter: name of the X-Mixup adapter.
+        task: PEFT's task type of the model, such as "SEQ_CLS", or None.
+        lambda0, alpha, layer_norm: arguments of flare.baselines.x_mixup.
         classifier_token: the token that a classifier of the model reads: "first", "last", or "mean" of all.
         mode: "source" or "target" while the model runs on that text, otherwise None.
         streams: the two texts of the running forward or generation; None if none is running.
