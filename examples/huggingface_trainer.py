@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 
 
 def load(data: Path, source: str, target: str, split: str) -> Dataset:
-    """Return the target's rows with their source text: id, text, label, source_text."""
+    """Return the target's rows that have a source row with the same id. Columns: id, text, label, source_text."""
     files = {language: str(data / language / f"{split}.csv") for language in (source, target)}
     rows, sources = (load_dataset("csv", data_files=files[language])["train"] for language in (target, source))
     texts = dict(zip(sources["id"], sources["text"], strict=True))

@@ -36,9 +36,9 @@ def read(folder: Path, split: str) -> dict[str, dict]:
 
 
 def features(row: dict, source: dict, tokenizer) -> dict | None:
-    """Return both texts as (question, context) pairs, and the answer as token positions.
+    """Return the token ids of both (question, context) pairs, and the token positions of the target's answer.
 
-    Return None if the answer was cut off.
+    Return None if the whole answer was cut off.
     """
     pair = {"truncation": "only_second", "max_length": 512}
     target = tokenizer(row["question"], row["context"], return_offsets_mapping=True, **pair)

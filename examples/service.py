@@ -5,10 +5,10 @@
     curl localhost:8000/predict -H "Content-Type: application/json" \
          -d '{"texts": ["Nyo beutoi."], "source_texts": ["Yeah, that is right."]}'
 
-Set FLARE_BASE if the base model is not where the adapter's configuration says, and FLARE_TRANSLATOR to an
-encoder-decoder that translates texts without a source. A process holds one model and predicts one request at a time.
-Other requests wait in threads, so that /health still answers. For more throughput, start more processes or send more
-texts per request.
+Set FLARE_BASE if the base model is not where the adapter's configuration says. If requests may lack source texts, set
+FLARE_TRANSLATOR to an encoder-decoder that translates texts into the source language. A process holds one model and
+predicts one request at a time. Other requests wait in threads, so that /health still answers. For more throughput,
+start more processes or send more texts per request.
 """
 
 import os
@@ -46,6 +46,6 @@ def make_app(pipeline: flare.FlarePipeline) -> FastAPI:
 
 
 def app() -> FastAPI:
-    """Load the pipeline that the environment variables name; for uvicorn --factory."""
+    """Return the application for uvicorn --factory. Environment variables name the adapter, base and translator."""
     base, translator = os.environ.get("FLARE_BASE"), os.environ.get("FLARE_TRANSLATOR")
     return make_app(flare.FlarePipeline.from_pretrained(os.environ["FLARE_ADAPTER"], base, translator))

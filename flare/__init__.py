@@ -8,8 +8,9 @@ of the source texts between epochs::
     model = flare.fast_lora(model, r=64, lora_alpha=128)
     trainer = flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
 
-Importing this package registers ``peft_type: FLARE`` with PEFT, which ``PeftModel.from_pretrained`` needs to load a
-saved adapter. The trainer, the recipes and the pipeline are imported when they are first used.
+Importing this package registers the adapter types ``FLARE`` and ``FLARE_X_MIXUP`` (the baseline X-Mixup) with PEFT.
+``PeftModel.from_pretrained`` needs this to load a saved adapter. The trainers, :class:`GraphedStep`,
+:func:`replicate_adapters`, the recipes and the pipeline are imported when they are first used.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flare_kernels import __version__
 
 from . import (
-    _compat,  # noqa: F401  (first, because it checks the versions of PEFT and transformers)
+    _compat,  # noqa: F401  (first, because it checks the installed versions of torch, Triton, PEFT and others)
     baselines,
 )
 from .source.latent_encoder import LatentEncoder

@@ -248,9 +248,10 @@ class _ConfigWithAttention:
 
 
 def shift_labels(model: nn.Module, labels: torch.Tensor) -> torch.Tensor | None:
-    """Return an encoder-decoder's decoder input ids (B, u) for labels (B, u); None if the model has no such rule.
+    """Return an encoder-decoder's decoder input ids for its labels; None if the model has no such rule.
 
-    Most models have a method for this. M2M100 (NLLB) has a function in its module.
+    Labels and decoder input ids are (B, u): B rows of u tokens. Most models have a method for this. M2M100 (NLLB) has a
+    function in its module.
     """
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:
@@ -365,7 +366,7 @@ def loss_shifts_labels(trainer: Any) -> bool:
 
 
 def _checkpointing_options(model: Any) -> Iterator[dict[str, Any]]:
-    """Yield the options of each module of a model that checkpoints activations."""
+    """Yield, for each module that checkpoints its activations, the options of the checkpointing."""
     for module in every_module(model):
         if module.__dict__.get("gradient_checkpointing"):
             yield getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})

@@ -92,7 +92,7 @@ class InputFusionCollator(FlareDataCollator):
         return cls(tokenizer, **{**defaults, **options})
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
-        """Return a batch of joined texts."""
+        """Return a batch of joined texts. If the rows have no source, the texts are the targets alone."""
         read = read_rows(rows)
         layout = self._layout(read)
         targets, sources = self._texts(read, layout)

@@ -5,14 +5,17 @@ self-attention is mixed with the result of a second attention, from the target t
 the weights of the block's self-attention:
 
     a_t, a_s   the states after self-attention and residual (and LayerNorm, in post-norm blocks)
-    c_t        the second attention: queries of a_t, keys and values of a_s, with the source's padding masked
+    c_t        the second attention: queries from a_t, keys and values from a_s, with the source's padding masked
     m_t        LN(lambda c_t + (1 - lambda) a_t); LN only in post-norm blocks (BERT, XLM-R)
-    lambda     lambda0 * sigmoid(w H + b), per text; w and b are trained and start at 1 and 0
+    lambda     lambda0 * sigmoid(w H + b), per text; lambda0 is set by the user, w and b are trained and start at 1
+               and 0
     H          entropy of the attention from target to source plus entropy of the attention from source to target,
                each a mean over heads and tokens. (The authors' code averages over padding too, so there lambda depends
                on the batch.)
 
-The loss is alpha CE_source + (1 - alpha) CE_target + KL(p_source || p_target) + MSE(rep_source, rep_target).
+The loss is alpha CE_source + (1 - alpha) CE_target + KL(p_source || p_target) + MSE(rep_source, rep_target). CE is the
+task's loss of a text, p the predicted class probabilities (only classifiers of whole texts have the KL term), and rep
+a vector made of a text's last hidden states. alpha is set by the user.
 
 Differences from the paper: scheduled sampling, which sometimes replaces the source by the target's back-translation, is
 not implemented. The paper trains whole models; here, as in FLARE's comparison, only LoRA, the task head, w and b train.
@@ -177,7 +180,7 @@ class XMixupModel(FlareModel):
 def _hold_source(
     model: Any, runtime: MixupRuntime, source: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run the model on the source's prompt, and keep its keys and values for all forwards of a generation.
+    """Run the model on the source's prompt, and keep the prompt's keys and values for all forwards of a generation.
 
     Return the keyword arguments of ``generate``, with the target's attention mask.
     """
@@ -264,9 +267,9 @@ def x_mixup(
         **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 
     Raises:
-        TypeError, ValueError: an error of :func:`plain_lora`; ``model`` is a PeftModel or a multiple-choice model;
-            ``layer``, ``lambda0``, ``alpha`` or ``layer_norm`` is not accepted; or the block of ``layer`` is built
-            differently from the blocks of the models above.
+        TypeError, ValueError: an error of :func:`plain_lora`; ``model`` is not a module, or it is a PeftModel or a
+            multiple-choice model; ``fusion`` is not None; ``layer``, ``lambda0``, ``alpha`` or ``layer_norm`` is not
+            accepted; or the block of ``layer`` is built differently from the blocks of the models above.
     """
     import peft
 

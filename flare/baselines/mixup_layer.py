@@ -59,6 +59,11 @@ class MixupRuntime:
     """State that the hooks of one model share. It is attached to modules, and copied and pickled with them.
 
     Attributes:
+        model: the transformers model.
+        place: the mixup block and its modules.
+        adapter: name of the X-Mixup adapter.
+        task: PEFT's task type of the model, such as "SEQ_CLS", or None.
+        lambda0, alpha, layer_norm: arguments of flare.baselines.x_mixup.
         classifier_token: the token that a classifier of the model reads: "first", "last", or "mean" of all.
         mode: "source" or "target" while the model runs on that text, otherwise None.
         streams: the two texts of the running forward or generation; None if none is running.
@@ -205,7 +210,7 @@ def _keep_call(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _mix(result: nn.Module, args: Any, output: Any) -> Any:
-    """Hook after self-attention: keep keys and values of the source; mix the target."""
+    """Hook after self-attention: keep keys and values in the run on the source, mix in the run on the target."""
     runtime = runtime_of(result)
     if runtime.mode is None or runtime.in_second_call or runtime.lambda0 == 0:
         return None
@@ -279,6 +284,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention function for the second call, as transformers calls it: query (B, h, n, e) -> (B, n, h, e).
 
+    In the run on the source, keep the keys and values, and return the query unchanged, because the result is not used.
     The mask and the window that the module passes belong to self-attention on the target. They are ignored, because a
     target token attends to all visible source tokens.
     """
@@ -310,12 +316,15 @@ _compat.register_attention(_IMPLEMENTATION, _attention)
 
 
 def pair_entropy(scores: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """Return (B,): the mean entropy of attention from target to source plus from source to target.
+    """Return (B,): the entropy of attention from target to source plus the entropy of attention from source to target.
+
+    Each entropy is a mean over heads and query tokens.
 
     Args:
         scores: (B, h, n, m), from target to source, before masks and softmax. Transposed, they are the scores from
             source to target.
-        target, source: (B, n) and (B, m) bool, the tokens that are attended to and over which the means are taken.
+        target, source: (B, n) and (B, m) bool, True for the tokens that count. Other tokens are not attended to and do
+            not enter the means.
     """
     return _entropy(scores, target, source) + _entropy(scores.transpose(2, 3), source, target)
 
@@ -334,7 +343,7 @@ def mixup_ratio(entropy: Tensor, weight: Tensor, bias: Tensor, lambda0: float) -
 
 
 def _masked(scores: Tensor, keys: Tensor) -> Tensor:
-    """Mask scores (B, h, queries, keys) at keys (B, keys) that are False. Without any key the softmax is uniform."""
+    """Mask scores (B, h, queries, keys) at keys (B, keys) that are False. If all keys are False, softmax is uniform."""
     return scores.masked_fill(~keys[:, None, None], torch.finfo(scores.dtype).min)
 
 

@@ -22,9 +22,10 @@ class Place:
         stack: the list of blocks.
         block: the block that mixes.
         attention: the block's self-attention module.
-        result: the module whose output is the hidden state after self-attention and residual. If ``adds_residual``, its
-            output is the tensor that the block then adds to its input.
-        adds_residual: True if the output of ``result`` does not include the residual yet, False if it does.
+        result: the module whose output is mixed. If ``adds_residual`` is False, this output is the hidden state after
+            self-attention and residual.
+        adds_residual: True if the output of ``result`` does not include the residual, because the block adds the output
+            to its input afterwards.
         before: modules that the input of the attention goes through, in order.
         after: modules that the output of the attention goes through, in order.
         norm: the LayerNorm that follows the residual in a post-norm block, or None.
@@ -45,8 +46,10 @@ class Place:
         """Return the place of block ``layer``, counted from 0. In an encoder-decoder this is a block of the encoder.
 
         Raises:
-            ValueError: the block does not exist, is built differently from the blocks of BERT, RoBERTa, DistilBERT, T5,
-                Llama and Gemma, or the model does not have exactly one stack of blocks that reads the text.
+            ValueError: the block does not exist; it is built differently from the blocks of BERT, RoBERTa, DistilBERT,
+                T5, Llama and Gemma; the model does not have exactly one stack of blocks that reads the text; query, key
+                and value are one layer; the blocks do not pass keyword arguments on; or the attention module does not
+                look up its attention function in transformers' AttentionInterface.
         """
         mapped = ModelMap.of(model)
         if mapped.fused or mapped.carried:

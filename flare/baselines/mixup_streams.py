@@ -3,6 +3,8 @@
 Hooks on the transformers model do this. Before the target's forward, the source runs through the same model, with
 gradients. After the target's forward, the output's loss becomes the weighted sum of both texts' losses plus the
 consistency terms, which pull the two texts' class probabilities (KL) and representations (MSE) together.
+
+Shapes: B rows, m tokens per text, d the hidden size.
 """
 
 from __future__ import annotations
@@ -234,7 +236,7 @@ def run_source(model: Any, runtime: MixupRuntime) -> None:
 def _whole_loss(runtime: MixupRuntime, target: dict[str, Any], output: Any) -> Tensor:
     """Return alpha * source loss + (1 - alpha) * target loss + KL + MSE.
 
-    Without a source loss, alpha is 0. KL is added only for classification into two or more classes.
+    Without a source loss, alpha is 0. KL is added only if a whole text is classified into one of two or more classes.
     """
     streams = runtime.streams
     assert streams is not None
@@ -260,7 +262,11 @@ def mse_term(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _representation(runtime: MixupRuntime, hidden: Tensor, text: dict[str, Any]) -> Tensor:
-    """Return (B, d): the state of the token that the classifier reads (first or last), otherwise the tokens' mean."""
+    """Return a text's representation (B, d), computed from its last hidden states (B, tokens, d).
+
+    If the model classifies whole texts by their first or last token, it is this token's state. In all other models it
+    is the mean over the tokens.
+    """
     ids, mask = text["input_ids"], text.get("attention_mask")
     if runtime.task != "SEQ_CLS" or runtime.classifier_token == "mean":
         weights = (torch.ones_like(ids) if mask is None else mask)[..., None].to(hidden.dtype)

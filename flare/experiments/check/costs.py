@@ -93,7 +93,7 @@ def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name
 
     Args:
         setup: the base model, and the form that converts the task's rows for this model.
-        pairs: rows of the source language, as target rows.
+        pairs: pairs whose target is a row of the source language.
         split: name of the split of these rows.
         batch: rows per batch.
         name: label of the progress bar; None: no bar.

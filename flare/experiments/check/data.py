@@ -15,7 +15,7 @@ from ..tasks.forms.generative import GenerativeForm
 from ..tasks.registry import METRICS
 
 #: Maximum number of rows that are tokenised: per split and language to measure lengths, per language to count words.
-#: They are evenly spaced over the rows.
+#: The tokenised rows are evenly spaced over all rows.
 SAMPLE = 5000
 _LONG = 10**6  # a maximum length, in tokens, that cuts no text
 
