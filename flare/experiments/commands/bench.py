@@ -1,8 +1,8 @@
 """`flare bench`: run the benchmarks of a checkout, or tune the launches of the kernels for this GPU.
 
 A launch is the configuration with which a kernel is started, such as the sizes of its tiles. A launch table lists the
-fastest measured launches on one GPU, by shape, tokens and rank. If it has no entry for a call, a general rule
-(flare_kernels/triton_ops/config.py) chooses the launch.
+fastest measured launches on one GPU, by model shape (widths of the adapted layers), tokens and rank. If it has no entry
+for a call, a general rule (flare_kernels/triton_ops/config.py) chooses the launch.
 """
 
 from __future__ import annotations

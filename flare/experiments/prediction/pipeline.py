@@ -102,9 +102,9 @@ class FlarePipeline:
             A list with one dict per text; for a single text, its dict. ``prediction`` is the label (multi-label: a
             tuple of labels), the number (regression), the answer, or a tuple with a tag for each word. It is None for
             an empty text. Further keys are ``probability`` (except for multi-label) and ``probabilities`` (of all
-            labels) for a classification head, ``start`` and ``end`` (characters of the context) and ``probability`` for a span
-            head, ``words`` for tags, ``generated`` (the text) for a generative model, and ``source`` if the source was
-            translated.
+            labels) for a classification head, ``start`` and ``end`` (characters of the context) and ``probability`` for
+            a span head, ``words`` for tags, ``generated`` (the text) for a generative model, and ``source`` if the
+            source was translated.
 
         Raises:
             UserError: the adapter was trained with source texts, a text has none, there is no translator, and

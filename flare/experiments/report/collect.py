@@ -4,8 +4,8 @@ A task on the user's own data has a group for each data set. Scores of the base 
 scored form a separate group.
 
 A variant is a method with its options ("flare-r8"), or a name given by the user; it names a folder of runs. A setting
-says how a run was tested, for example "translate-train" or "zero-shot" (see `Metrics.test`). A line of a table has the
-scores of one variant in one setting, in all languages and with all seeds. The label of the line identifies it.
+says how a run was tested, for example "translate-train" or "zero-shot" (a key of `Metrics.test`). A line of a table has
+the scores of one variant in one setting, in all languages and with all seeds. The label of the line identifies it.
 """
 
 from __future__ import annotations
