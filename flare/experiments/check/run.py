@@ -1,4 +1,4 @@
-"""`flare check`: show what `flare train` would read and cost. Only the --json file is written."""
+"""`flare check`: show what `flare train` would read and cost. No file is written, except the file that --json names."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Check:
     about: task, languages, model, lengths and device.
     data: results for the data of each target language.
     score: score of the base, or None if it was not scored.
-    costs: costs of each method on the first target language.
-    runs: number of runs of each method.
-    warnings: warnings, in words.
+    costs: costs of one run of each method (with each fusion and rank) on the first target language; [] if --steps is 0.
+    runs: number of runs of each method: the number of seeds times the number of target languages.
+    warnings: one sentence per warning.
     """
 
     about: dict[str, Any]
@@ -84,7 +84,7 @@ def run_check(settings: CheckSettings, print_fn: Callable[[str], None] = print) 
 
 
 def _base(settings: CheckSettings) -> Base:
-    """Return the fine-tuned base if there is one, else the model of --model."""
+    """Return the fine-tuned base or the model of --base if there is one, else the model of --model."""
     exists = (settings.output / BASE).is_dir() or settings.base is not None
     if settings.model is not None and not exists:
         return Base(settings.model, location(settings.model), None)
@@ -123,7 +123,7 @@ def _plan_with_source(grid: Sequence[Plan], target: str) -> Plan:
 
 
 def _splits(plan: Plan, data: Data) -> tuple[dict[str, list[Pair]], list[str]]:
-    """Return the pairs that a run reads, and notes about them."""
+    """Return a dict from each split that a run reads to its pairs, and notes about the splits."""
     splits: dict[str, list[Pair]] = {}
     splits["train"], notes = data.pairs(
         plan.target, "train", target_text=plan.target_text, source_text=plan.train_source
@@ -141,7 +141,10 @@ def _splits(plan: Plan, data: Data) -> tuple[dict[str, list[Pair]], list[str]]:
 
 
 def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tuple[Score | None, list[str]]:
-    """Return the base's score, or None, and lines that say why the base was not scored."""
+    """Return the base's score and no lines. If the base is not scored, return None and lines that say why.
+
+    There are no lines if the user switched the scoring off (`score_rows` is 0).
+    """
     if settings.score_rows == 0:
         return None, []
     if base.record is None and setup.form.layout == "encoder":
@@ -156,7 +159,7 @@ def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tup
 
 
 def _costs(settings: CheckSettings, grid: Sequence[Plan], base: Base, data: Data) -> list[Cost]:
-    """Return the costs of every method, fusion and rank on the first target."""
+    """Return the costs of every method, fusion and rank on the first target language, or [] if `steps` is 0."""
     if settings.steps == 0:
         return []
     costs = []

@@ -1,8 +1,8 @@
 """`flare bench`: run the benchmarks of a checkout, or tune the launches of the kernels for this GPU.
 
 A launch is the configuration with which a kernel is started, such as the sizes of its tiles. A launch table lists the
-fastest measured launches on one GPU, by shape, tokens and rank. If it has no entry for a call, a general rule
-(flare_kernels/triton_ops/config.py) chooses the launch.
+fastest measured launches on one GPU, by model shape (widths of the adapted layers), tokens and rank. If it has no entry
+for a call, a general rule (flare_kernels/triton_ops/config.py) chooses the launch.
 """
 
 from __future__ import annotations
@@ -106,15 +106,17 @@ def run_tuner(
         shapes: names in ``flare_kernels.tuning.SHAPES``.
         tokens: numbers of tokens per call to measure, in this order.
         ranks: ranks of the adapters to measure, in this order.
-        budget: seconds, including compilation. Later, no measurement of a further size (shape, tokens, rank) starts.
+        budget: seconds, including compilation. After this time, no measurement of a further size (a combination of
+            shape, tokens and rank) starts.
         jobs: compiler processes (default: number of processors minus one).
         output: file to write. The default is in the user's cache, where later processes find it.
         overwrite: replace an existing table instead of raising.
         print_fn: prints a line.
 
     Raises:
-        BenchError: torch finds no CUDA device, Triton is missing or does not support the device, a shape is unknown, a
-            size is not positive, or the file to write is a folder or exists already.
+        BenchError: torch finds no CUDA device, Triton is missing or does not support the device, a shape is unknown,
+            `tokens` or `ranks` is empty or holds a number below 1, the file to write is a folder, or it exists and
+            `overwrite` is False.
     """
     from flare_kernels import tuning
     from flare_kernels.launch_table import user_path

@@ -1,4 +1,4 @@
-"""List which features this machine can run, and why others cannot run: the second half of `flare info`."""
+"""List optional packages, the features that this machine can run, and cache folders, for `flare info`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OPTIONAL = {
     "trl": "trl",
 }
 
-#: Formats of quantised bases in addition to bitsandbytes (docs/bases.md), each with the module that it needs, the
-#: package that contains the module, and whether the format needs a CUDA device.
+#: Formats of quantised bases in addition to bitsandbytes (docs/bases.md), as (name, module that the format needs,
+#: package to install for this module, whether the format needs a CUDA device).
 FORMATS = (
     ("GPTQ, AWQ", "gptqmodel", "gptqmodel", False),
     ("AQLM", "aqlm", "'aqlm[gpu]'", True),

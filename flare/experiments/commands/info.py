@@ -1,7 +1,7 @@
 """`flare info`: versions, device, kernel backends, launch table, and what this machine can run.
 
 A launch table (`flare bench --tune`) lists the fastest measured launches (tile sizes and the like) of the kernels on
-one GPU. Without an entry, a general rule (flare_kernels/triton_ops/config.py) chooses the launch.
+one GPU. If it has no entry for a call, a general rule (flare_kernels/triton_ops/config.py) chooses the launch.
 """
 
 from __future__ import annotations

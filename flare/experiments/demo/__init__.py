@@ -29,6 +29,8 @@ __all__ = ["DemoError", "DemoSettings", "run_demo"]
 def run_demo(settings: DemoSettings, print_fn: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Compare the methods, and write results.json, run.json, table.md and results.png into the output folder.
 
+    If matplotlib is not installed, results.png is not written.
+
     Args:
         settings: options of the demo. See `DemoSettings` for fields that are None.
         print_fn: prints a line for the user.

@@ -24,8 +24,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, s
 from ..utils.progress import counter
 from .corpus import CORPUS_VERSION, SUFFIXES, Corpus, english_words, vemari_word
 
-# Part of the cache key. Increase this number when the code of the pre-training changes, so that old copies are not
-# used.
+# Part of the hash that names a saved model (`base_key`). Increase this number when the code of the pre-training
+# changes, so that old copies are not used.
 RECIPE_VERSION = 1
 _MANIFEST = "manifest.json"
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -36,7 +36,8 @@ class BaseConfig:
     """Size of the tiny BERT, and hyper-parameters of its pre-training.
 
     Attributes:
-        layers, width, heads, positions: number of blocks, hidden size, number of attention heads, maximum length.
+        layers, width, heads, positions: number of blocks, hidden size, number of attention heads, maximum length
+            in tokens.
         steps, batch_size, lr: number of optimizer steps, sentences per step, peak learning rate.
         masked_share: share of the tokens (without special tokens) that the model must predict.
         init_range: standard deviation of the initial weights.

@@ -69,7 +69,7 @@ _VOWELS = "aeiou"
 class SentencePair(NamedTuple):
     """A sentence in English (`source`) and in the second language (`target`), and its label.
 
-    `..real_data` uses the same class for other languages.
+    For real data (`.real_data`), `source` and `target` are texts in the two languages that the user chose.
     """
 
     id: str
@@ -240,7 +240,7 @@ def make_corpus(
         seed: seed of the grammar's choices.
 
     The three labels are equally frequent in every labelled part. If the size of a part is not a multiple of three, the
-    counts of the labels differ by one.
+    counts of the labels differ by at most one.
     """
     for name, size in (("finetune", finetune), ("train", train), ("test", test), ("pretrain", pretrain)):
         if size < 0:

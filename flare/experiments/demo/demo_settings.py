@@ -20,8 +20,9 @@ class DemoError(UserError, ValueError):
 class DemoSettings:
     """Options of the demo.
 
-    Some fields are None by default. `resolved` fills them in from `EMBEDDED` if the demo runs on the embedded corpus,
-    which it generates, and from `REAL` if it runs on real data.
+    The demo runs on the embedded corpus, which it generates, or on real data. `resolved` replaces None in the fields
+    that `EMBEDDED` (for the embedded corpus) or `REAL` (for real data) lists. Other fields may stay None, with
+    the meaning given below.
 
     Attributes:
         output: folder for results.json, run.json, table.md and results.png.
@@ -37,7 +38,8 @@ class DemoSettings:
         noise: share of damaged words in the noisy source. 0: no method is run with a noisy source.
         rows: use at most this many rows of every part of the data, for a quick run. None: all rows.
         pretrain_steps: number of steps of masked-language modelling that pre-train the embedded base. None: 500.
-        cache_dir: folder that keeps the embedded base. None: ~/.cache/flare-kernels.
+        cache_dir: folder that keeps the embedded base. None: $XDG_CACHE_HOME/flare-kernels, or
+            ~/.cache/flare-kernels if that variable is not set.
         threads: number of CPU threads. None: 1 for the embedded base, PyTorch's choice for a real model.
         overwrite: replace earlier results in `output` instead of moving them to a sub-folder.
         progress: show progress bars.
@@ -137,7 +139,7 @@ EMBEDDED = {
     "alpha": 32,
     "epochs": 10,
     "batch_size": 32,
-    "lr": 5e-3,  # the best learning rate for plain LoRA
+    "lr": 5e-3,  # the best learning rate for plain LoRA on this corpus
     "max_length": 24,
     "finetune_epochs": 15,
     "finetune_lr": 1e-3,

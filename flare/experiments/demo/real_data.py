@@ -113,8 +113,9 @@ def align(
 ) -> tuple[list[SentencePair], list[str]]:
     """Pair rows by id, in the order of the target rows.
 
-    These rows are dropped: rows whose id is missing in the other language, rows whose id occurs twice in one language
-    (it is not clear which texts belong together), pairs with two different labels, and pairs with an empty text.
+    These rows are dropped: rows whose id is missing in the other language, rows whose id occurs more than once in one
+    of the languages (it is not clear which texts belong together), pairs with two different labels, and pairs with an
+    empty text.
 
     Returns:
         The pairs, and one line per reason for dropping rows.

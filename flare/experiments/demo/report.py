@@ -175,7 +175,9 @@ def finish(
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any]) -> None:
-    """Draw macro F1 and costs of all methods, and save the figure as `path`.
+    """Draw the macro F1 and the costs of the methods, and save the figure as `path`.
+
+    Costs are drawn for trained methods only, without the rows of the noisy source.
 
     Raises:
         ImportError: matplotlib is not installed.

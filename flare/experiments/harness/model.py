@@ -44,7 +44,8 @@ class FlareLM(HFLM):  # type: ignore[misc]
     If the adapter fuses two texts, it reads the prompt of each request together with a source prompt (see
     :class:`.source_prompts.SourcePrompts`). Both prompts have the layout of :class:`flare.FlareDataCollator` in
     training: they are padded on the left, and continuations are padded on the right. A continuation that is scored is
-    also appended to the source prompt. If it is one of the document's texts, its source text is appended instead.
+    also appended to the source prompt. If the continuation is one of the document's texts, its source text is appended
+    instead.
 
     Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves like HFLM.
 
@@ -57,7 +58,8 @@ class FlareLM(HFLM):  # type: ignore[misc]
         **kwargs: arguments of HFLM: ``dtype``, ``device``, ``batch_size``, ``max_length``, ...
 
     Raises:
-        UserError: options exclude each other, or this class cannot evaluate the adapter.
+        UserError: options exclude each other, ``batch_size`` is not a number although sources are read, the source file
+            or the template cannot be read, or this class cannot evaluate the adapter.
     """
 
     def __init__(
@@ -131,11 +133,11 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return [scores[index] for index in range(len(rows))]
 
     def _equal_inputs(self, rows: list[dict[str, list[int]]]) -> list[list[int]]:
-        """Group the indices of rows that can share one forward pass.
+        """Group the indices of rows that the logits of a single row can score.
 
-        These are rows with equal prompts whose continuations have one token each, because the logits that score a
-        continuation of one token do not depend on this token. Every other row, and every row with
-        ``logits_cache=False``, is a group of its own.
+        The rows of a group have equal prompts, equal source prompts, and continuations of one token in both, because
+        the logits that score a continuation of one token do not depend on this token. Every other row, and every row
+        with ``logits_cache=False``, is a group of its own.
         """
         groups: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):

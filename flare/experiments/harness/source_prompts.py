@@ -69,8 +69,9 @@ class SourcePrompts:
         """Return the source prompt and the source continuation of a request; the continuation is empty for generation.
 
         Raises:
-            UserError: the document has no source, the prompt contains none of the texts to replace, or it contains one
-                of them more than once.
+            UserError: the document has no source, a source text is empty, ``columns`` names a column that the document
+                or its source lacks, both have different numbers of texts in such a column, or the prompt lacks the
+                texts to replace or contains one of them more than once.
         """
         where = f"task {request.task_name}, document {request.doc_id}"
         context = str(request.args[0])
@@ -196,13 +197,16 @@ class SourcePrompts:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts in a column's value: a text itself, the items of a list of texts, none for other values."""
+    """Return a column's value as a list of texts: [value] for a text, a list of texts as it is, [] for other values."""
     values = [value] if isinstance(value, str) else value
     return list(values) if isinstance(values, list) and all(isinstance(one, str) for one in values) else []
 
 
 def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
-    """Return the continuation. If it is a text of the document, replace it by its source and keep the white space."""
+    """Return the source text of a continuation that is a text of the document; return other continuations unchanged.
+
+    White space before and after the text is kept.
+    """
     text = continuation.strip()
     for texts in pairs.values():
         if text in texts:

@@ -70,7 +70,8 @@ class _OpMode(TorchDispatchMode):
 def count_ops() -> Iterator[OpCount]:
     """Count the operators and this package's Triton kernels that run inside the ``with`` block.
 
-    Views, allocations without a computation, and operators whose results have no elements are not counted.
+    Not counted are views, operators whose results have no elements, and operators that compute no elements, such as
+    allocations, ``detach`` and ``item``.
 
     Yields:
         An :class:`OpCount`, which is complete when the block ends.

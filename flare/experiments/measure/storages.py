@@ -47,7 +47,8 @@ class Storages:
 
         Returns:
             For a new storage, its counted bytes. For a storage that was resized since it was last added, its growth,
-            negative if it shrank. Otherwise 0.
+            negative if it shrank. Otherwise 0. The result for a known storage is always 0 if ``count_as`` is given,
+            or if the storage counts as 0 bytes.
         """
         storage = tensor.untyped_storage()
         key = id(storage)

@@ -53,7 +53,8 @@ def read_input(settings: PredictSettings, task: Task) -> Input:
     """Read the texts of the input, and their source texts if the input or a second file has them.
 
     Raises:
-        DataError: a file, a column or a text is missing or wrong, or the two files do not match.
+        DataError: a file or a column is missing, a text is wrong, or the two files do not match.
+        UserError: --text-columns or --source-columns names more or fewer columns than the task has.
     """
     assert settings.input is not None
     rows, columns, where = _read(settings.input, "--input")
@@ -161,7 +162,11 @@ def _read_sources(rows: Sequence[Row], ids: Sequence[str], name: str, columns: d
 def _truth(
     rows: Sequence[Row], columns: Sequence[str], task: Task, names: dict[str, str], label_column: str | None, where: str
 ) -> tuple[list[Example] | None, list[str]]:
-    """Return `Input.truth` and `Input.notes`: the rows with their labels or answers, or why they cannot be scored."""
+    """Return `Input.truth` and `Input.notes`: the rows with their labels or answers, and no notes.
+
+    If a row has no label or answer, return None and no notes. If the labels or answers cannot be used, return None and
+    a note that says why.
+    """
     label = label_column or task.label_column
     if label_column is not None and label_column not in columns:
         raise DataError(f"{where} has no column {label_column} (--label-column); it has {', '.join(columns)}")

@@ -35,7 +35,8 @@ class TrainedAdapter:
         record: record of the run. For an adapter without a run, a record made from its folder and the options.
         folder: folder of the adapter.
         base: folder or hub id of the base model.
-        setup: the tokenizer of the base, its data types, and the form (which turns texts into model inputs).
+        setup: the tokenizer of the base, the recipe (such as data types), and the form (which turns texts into model
+            inputs).
         model: the base with the adapter, in eval mode on its device.
         collate: collator that makes the batches of the model.
         reads: the kind of source that the adapter reads: "text", "states" (FLARE MT) or "nothing".
@@ -63,8 +64,8 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
     """Load the adapter and its base model, which the settings name.
 
     Raises:
-        UserError: the folder holds no adapter, its run is not finished, information about the adapter is missing, or
-            the adapter or its base cannot be loaded.
+        UserError: the folder holds no adapter, its training diverged or is not finished, information about the adapter
+            is missing, an option contradicts the run, or the adapter or its base cannot be loaded.
     """
     record, folder, base, notes = _described(settings)
     device = resolve_device(settings.device)

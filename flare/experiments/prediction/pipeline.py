@@ -34,7 +34,8 @@ class FlarePipeline:
     Args:
         base_or_run: if ``adapter`` is given, the base model (folder or hub id); otherwise the adapter's folder.
         adapter: folder of a run of `flare train`, or of a saved adapter. None: ``base_or_run`` is this folder.
-        translator: encoder-decoder that translates texts without a source text. Its weights are loaded on first use.
+        translator: encoder-decoder that translates those texts that have no source text. Its weights are loaded on
+            first use.
         print_fn: prints a line for the user, such as what is read as the source.
         **options: options of `flare predict`, with underscores: ``no_source``, ``source``, ``target``, ``task``,
             ``labels``, ``max_length``, ``batch_size``, ``device``, ...
@@ -67,7 +68,7 @@ class FlarePipeline:
     ) -> FlarePipeline:
         """Return a pipeline for ``adapter``, the folder of a run or of a saved adapter.
 
-        See the class for the arguments.
+        ``base`` is the base model, or None for the base that the adapter names. See the class for the other arguments.
         """
         if base is None:
             return cls(adapter, None, translator, **options)
@@ -98,10 +99,12 @@ class FlarePipeline:
                 argument is None if no text has one.
 
         Returns:
-            A list with one dict per text; for a single text, its dict. ``prediction`` is the label or the answer, None
-            for an empty text. Further keys are ``probability`` and ``probabilities`` (of all labels) for a
-            classification head, ``start`` and ``end`` (characters of the context) and ``probability`` for a span head,
-            ``generated`` (the text) for a generative model, and ``source`` if the source was translated.
+            A list with one dict per text; for a single text, its dict. ``prediction`` is the label (multi-label: a
+            tuple of labels), the number (regression), the answer, or a tuple with a tag for each word. It is None for
+            an empty text. Further keys are ``probability`` (except for multi-label) and ``probabilities`` (of all
+            labels) for a classification head, ``start`` and ``end`` (characters of the context) and ``probability`` for
+            a span head, ``words`` for tags, ``generated`` (the text) for a generative model, and ``source`` if the
+            source was translated.
 
         Raises:
             UserError: the adapter was trained with source texts, a text has none, there is no translator, and
@@ -143,7 +146,9 @@ class FlarePipeline:
         on_progress: Callable[[int, int], Any] = lambda done, total: None,
         share: bool = False,
     ) -> tuple[list[Texts | None], list[int]]:
-        """Return the source of every row (None if it has none), and the indices of rows with a translated source.
+        """Return the source of every row, and the indices of rows with a translated source.
+
+        The source is None if no sources are read, or if the row has an empty text and no given source.
 
         Args:
             rows: the texts.

@@ -31,7 +31,8 @@ def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> N
             labels. If predictions are written to standard output, print_fn must print elsewhere.
 
     Raises:
-        UserError: an error that the user can fix. Finished batches are saved, and the next call resumes after them.
+        UserError: an error that the user can fix. If the output is a file, finished batches are saved, and the next
+            call resumes after them.
     """
     settings.check()
     print_fn = only_main(print_fn)
@@ -84,7 +85,7 @@ def _predict(
     if done:
         print_fn(f"resuming after {len(done)} of {len(with_text)} rows")
     to_stdout = settings.output == "-" and main
-    written = 0  # rows on standard output
+    written = 0  # number of rows written to standard output
     with counter("predict" if show_bars else None, len(with_text), "row", len(done)) as bar:
         for batch in pipeline.batches(pairs, len(done), share=True) if len(done) < len(with_text) else ():
             done += batch
@@ -115,7 +116,8 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Return the rows `first` to `until` - 1 of the output.
 
-    A row has the columns of the input, the source text if one was read, and the prediction (None for an empty text).
+    A row has the columns of the input, the source text if one was read, the prediction (None for an empty
+    text) and its details, such as probabilities.
     """
     predictions = dict(zip(with_text, done, strict=False))
     rows = []
@@ -127,7 +129,7 @@ def _rows(
 
 
 def _header(pipeline: FlarePipeline, data: Input) -> dict[str, Any]:
-    """Return everything that determines the predictions. A call that resumes compares it with the saved header."""
+    """Return the inputs and options that must equal the saved header, so that a call can resume from saved batches."""
     trained, settings = pipeline.trained, pipeline.settings
     weights = sorted(trained.folder.glob("adapter_model.*"))
     return {

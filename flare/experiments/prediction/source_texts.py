@@ -68,7 +68,7 @@ def translate(
             rows.
 
     Returns:
-        The translated texts of each row, and notes on how many texts were cut.
+        The translated texts of each row, and notes on how many pieces and how many translations were cut.
     """
     plan = translator.plan([text for row in rows for text in row.values()])
     file = None if progress_file is None else ProgressFile(progress_file, plan)
@@ -123,7 +123,8 @@ def describe_source(trained: TrainedAdapter, settings: PipelineSettings, given: 
         where: the file or the columns that the given sources come from.
 
     Raises:
-        UserError: the adapter was trained with sources, and some rows have none.
+        UserError: the adapter reads source texts, some rows have none, and neither --translator nor --no-source is
+            given; or --no-source is given for an input-fusion adapter.
     """
     record, missing = trained.record, total - given
     if trained.reads == "states":
@@ -162,7 +163,7 @@ def by_column(task: Task, texts: Any, what: str) -> Texts:
 
     Raises:
         TypeError: ``texts`` is neither a text nor a dict.
-        ValueError: a column is missing.
+        ValueError: a column is missing in the dict, or its value is not a text.
     """
     columns = task.text_columns
     if isinstance(texts, str) and len(columns) == 1:

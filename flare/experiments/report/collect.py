@@ -1,8 +1,11 @@
 """Collect runs into groups whose scores are comparable: one group for each task, source language and base model.
 
-A variant is the name of a run's folder: a method with its options ("flare-r8"), or a name given by the user. A setting
-says how a run was tested, for example "translate-train" or "zero-shot" (see `Metrics.test`). A line of a table has the
-scores of one variant in one setting, in all languages and with all seeds. The label of the line identifies it.
+A task on the user's own data has a group for each data set. Scores of the base on test rows on which no adapter was
+scored form a separate group.
+
+A variant is a method with its options ("flare-r8"), or a name given by the user; it names a folder of runs. A setting
+says how a run was tested, for example "translate-train" or "zero-shot" (a key of `Metrics.test`). A line of a table has
+the scores of one variant in one setting, in all languages and with all seeds. The label of the line identifies it.
 """
 
 from __future__ import annotations
@@ -206,9 +209,10 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
 
 
 def _split_other_rows(group: RunGroup) -> list[RunGroup]:
-    """Move scores of the base to a separate group if all adapters of that language were scored on other test rows.
+    """Return the group and, if needed, a second group with scores of the base on other test rows.
 
-    Scores in a language without adapters stay in the group.
+    The scores of the base in a language move to the second group if every adapter of this language was scored on other
+    test rows. Scores in a language without adapters stay in the first group.
     """
     trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
     other = [
@@ -311,7 +315,8 @@ def _set_slugs(groups: Sequence[RunGroup]) -> None:
     """Set a unique slug for each group.
 
     It consists of the name of the task or of the user's data, "other-rows" if the group has other test rows than the
-    adapters, the source language and the model if the task's groups have several, and a number if the slug is taken.
+    adapters, the source language if the task's groups have several, the model if they have several, and a number if the
+    slug is taken.
     """
 
     def plain(text: str) -> str:

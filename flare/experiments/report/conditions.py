@@ -36,7 +36,7 @@ _IGNORED = frozenset(
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """Return all options of a run that affect its result, except seed, language and variant.
+    """Return all options of a run that affect its result, except seed, languages, base model, method and variant.
 
     The keys of nested options are joined by a dot: adapter.lora_alpha.
     """
@@ -57,7 +57,11 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def warnings(group: RunGroup) -> list[str]:
-    """Return warnings about lines whose runs have different options, and about costs from different machines."""
+    """Return warnings about scores or costs that are unreliable or not comparable.
+
+    Scores are not comparable if, for example, the runs of one line have different options, or if the lines of a
+    language have different rows. Costs are not comparable if, for example, they come from different machines.
+    """
     lines = []
     for label in group.labels:
         entries = group.of(label)

@@ -198,10 +198,10 @@ ABLATIONS = {
 def ablation_table(groups: Sequence[RunGroup], metrics: Mapping[str, str], factor: Factor, title: str) -> Table | None:
     """Return the table of an ablation, which compares lines that differ only in one factor.
 
-    The table has a column for each task, and a column with the average over the tasks. If there is only one task, the
-    table has a column for each language instead. A cell averages over the languages that all lines of its task have. If
-    a method has several families (sets of lines that differ only in the factor), such as fusions with r=64 and fusions
-    with r=8, the largest family is shown. Return None if there are no families.
+    The table has a column for each task and, if there are several, a column with the average over the tasks. If there
+    is only one task, the columns are its languages and their average. The cell of a task averages over the languages
+    that all lines of the task have. If a method has several families (sets of lines that differ only in the factor),
+    such as fusions with r=64 and fusions with r=8, the largest family is shown. Return None if there are no families.
     """
     groups = [group for group in groups if not group.rows]
     models = model_names(group.model for group in groups)

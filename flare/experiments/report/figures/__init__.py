@@ -18,7 +18,7 @@ from .overview import draw_average_ranks, draw_tasks
 from .style import NothingToDraw, caption_of, save
 
 FORMATS = ("png", "pdf", "svg")
-#: Number of figures that draw the activations of single test rows, one row of each language.
+#: Number of figures that draw the activations of single test rows. Each figure shows one row of each language.
 _INSTANCES = 2
 
 
@@ -82,7 +82,8 @@ def _of_group(group: RunGroup, metric: str) -> _Plan:
     if not labels:
         yield "layers", "Source and target in the bottleneck", _no_bottleneck
     labels = activation_labels(group)
-    # activations are drawn for one line only: FLARE with its defaults if it has them, otherwise the first line
+    # Draw the activations of one line only: "flare" (FLARE with its defaults) if its runs have activations, otherwise
+    # the first line that has them.
     for label in labels[:1] if "flare" not in labels else ["flare"]:
         yield "activations", "Activations by position", partial(draw_averages, group, label)
         for number in range(_INSTANCES):
