@@ -58,7 +58,8 @@ _BOTTLENECK_ROWS = 256
 def run_train(settings: TrainSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
     """Train every run of the grid in OUTPUT/<target>/<variant>/seed-N.
 
-    Finished runs are skipped, and unfinished ones are resumed.
+    With `settings.resume` (the default), finished runs are skipped and unfinished runs are resumed. Without it, all of
+    them are restarted.
 
     Returns:
         The runs' folders.
