@@ -39,8 +39,8 @@ ADAPTER = "source-adapter"
 def run_finetune(settings: FinetuneSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
     """Fine-tune one base for each seed, in OUTPUT/base/seed-N.
 
-    With `settings.resume` (the default), finished bases are skipped and unfinished fine-tunings are resumed. Without it,
-    all of them are restarted.
+    With `settings.resume` (the default), finished bases are skipped and unfinished fine-tunings are resumed. Without
+    it, all of them are restarted.
 
     Returns:
         The bases' folders.
