@@ -21,7 +21,10 @@ def main_lines(group: RunGroup, table: Quality) -> list[Line]:
 
 
 def representative_lines(group: RunGroup, table: Quality) -> list[Line]:
-    """Return, for each method, the line closest to its defaults, and all lines that have a name given by the user."""
+    """Return, for each method, the line closest to the method's defaults.
+
+    All lines whose name was given by the user and all lines of unknown methods are also returned.
+    """
     methods: dict[int | None, set[str]] = {}
     for line in table.lines:
         record = group.of(line.label)[0].run.record
@@ -43,5 +46,5 @@ def representative_lines(group: RunGroup, table: Quality) -> list[Line]:
 
 
 def _is_main(label: str, method: str) -> bool:
-    """Return whether a line is a method with its defaults, or has a name given by the user or an unknown method."""
+    """Return whether a line is a method with its defaults, has a name given by the user, or is of an unknown method."""
     return label == method or (not label.startswith(f"{method}-") and " @ " not in label) or method not in METHODS

@@ -1,6 +1,6 @@
 """Prepare the folder of a report.
 
-Only folders that `flare report` wrote are changed. An earlier report is kept by default.
+Only a new or empty folder, or a folder that `flare report` wrote, is changed. An earlier report is kept by default.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def check(folder: Path) -> None:
 def replacing(folder: Path, overwrite: bool, print_fn: Callable[[str], None]) -> Iterator[Path]:
     """Yield a temporary folder whose contents replace the report in `folder` once they are complete.
 
-    Without `overwrite`, an existing report moves to earlier-N in the folder. After an error, the existing report is
+    Without `overwrite`, an existing report moves to earlier-N in the folder. With `overwrite`, the files of the report
+    are deleted, and only the user's own files in its folders move to earlier-N. After an error, the existing report is
     unchanged.
     """
     temporary = folder / _TEMPORARY
@@ -68,7 +69,7 @@ def _remove_existing(folder: Path, overwrite: bool, print_fn: Callable[[str], No
             if isinstance(name, str) and Path(name).parts[:1] and Path(name).parts[0] in _CONTENTS and ".." not in name:
                 (folder / name).unlink(missing_ok=True)
         for name in (TABLES, FIGURES):
-            # files of the user in these folders are kept
+            # a folder that still holds files of the user is not deleted but moved below
             if (folder / name).is_dir() and not any((folder / name).iterdir()):
                 (folder / name).rmdir()
         existing = [path for path in existing if path.exists()]
@@ -80,7 +81,7 @@ def _remove_existing(folder: Path, overwrite: bool, print_fn: Callable[[str], No
 
 
 def _is_report(folder: Path) -> bool:
-    """Return whether the folder holds a report, finished or not."""
+    """Return whether the folder is empty or holds a report, finished or not."""
     names = {path.name for path in folder.iterdir()}
     if names <= {_TEMPORARY}:
         return True

@@ -20,7 +20,7 @@ class Cell:
 
     Attributes:
         mean: mean over the seeds, in percent.
-        spread: spread over the seeds; None for a single seed.
+        spread: spread over the seeds; None for fewer than two seeds.
         values: one score per seed, in percent.
         languages: number of averaged languages; 1 for a single language.
     """
@@ -38,10 +38,11 @@ class Line:
     Attributes:
         label: label of the line.
         name: display name of the line.
-        cells: language -> scores; None if the line has no run in the language.
-        average: average over the languages in which the line has runs.
+        cells: language -> scores; None if the line has no scores in the language.
+        average: average over the languages in which the line has scores.
         common: average over the languages that every line has; None if there are none.
-        rank: mean rank over the languages (1 is the best); None if the line lacks a language.
+        rank: mean rank over the languages (1 is the best), among the lines that have scores in all languages; None if
+            the line lacks a language.
     """
 
     label: str
@@ -159,7 +160,7 @@ def average(scores: dict[str, dict[int, float]], languages: Sequence[str]) -> Ce
 
 
 def costs(group: RunGroup) -> list[Cost]:
-    """Return the costs of every line that has training runs."""
+    """Return the costs of every line whose runs measured a step's time, the training time or the peak memory."""
     lines = []
     for label, name in group.labels.items():
         if " @ " in label:  # the same training, scored in another setting

@@ -1,4 +1,8 @@
-"""Build the tables of a group, and format tables as Markdown, LaTeX (booktabs), text and CSV."""
+"""Build the tables of a group, and format tables as Markdown, LaTeX (booktabs), text and CSV.
+
+A group holds the runs of one task, source language and base model. `collect` explains groups, lines, variants and
+settings.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +148,11 @@ def _listed(languages: Sequence[str]) -> str:
 
 
 def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
-    """Return the (row, column) of the best mean of every column, after rounding. Equal best means are all returned."""
+    """Return the (row, column) of the best mean of every column, after rounding.
+
+    If several cells have the best mean, all of them are returned, but none if all means of the column are equal. An
+    average over only some of the languages is not compared.
+    """
     columns: list[list[float | None]] = [
         [cell.mean if (cell := line.cells[language]) else None for line in table.lines] for language in table.languages
     ]
@@ -166,7 +174,7 @@ def _full_average(line: Line, table: Quality) -> float | None:
 
 
 def show(cell: Cell | None) -> str:
-    """Return a cell as text: "71.0 ± 1.2", "71.0" for one seed, "-" for none."""
+    """Return a cell as text: "71.0 ± 1.2", "71.0" for one seed, "-" if there is no cell."""
     if cell is None:
         return MISSING
     return f"{cell.mean:.1f}" + ("" if cell.spread is None else f" ± {cell.spread:.1f}")

@@ -63,7 +63,10 @@ def find_base(output: Path, base: str | None, seed: int) -> Base:
 
 
 def seeds_of(output: Path, base: str | None) -> list[int]:
-    """Return the seeds that have a fine-tuned base; [0] if `base` is not the output of `flare finetune`."""
+    """Return every N for which the folder of the bases has a fine-tuning in seed-N; [0] if it has none.
+
+    The folder is `base`, or the folder "base" in `output` if `base` is None.
+    """
     named = Path(base).expanduser() if base is not None else output / BASE
     seeds = [path.parent.name.removeprefix("seed-") for path in named.glob(f"seed-*/{RUN_FILE}")]
     return sorted(int(seed) for seed in seeds if seed.isdigit()) or [0]

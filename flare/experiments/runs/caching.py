@@ -50,7 +50,7 @@ def plan_cache(
     arguments: TrainingArguments,
     autocast: torch.dtype | None,
 ) -> CachePlan:
-    """Decide whether one run of a fusing method gets a source cache.
+    """Decide whether one run of a fusing method gets a source cache, and if so, set the cache on the model.
 
     "auto" turns the cache on if the states can be cached, all of them fit into the budget (default: a quarter of the
     free memory), a row's states do not depend on the other rows of its batch, the training may have more than one
@@ -61,7 +61,7 @@ def plan_cache(
         budget: bytes of host memory for the cache; None: a share of the free memory.
         model: the model with its adapters.
         collator: the run's collator.
-        rows: the training and validation rows, which are read in every epoch.
+        rows: the rows that are read in every epoch: the training rows and, for an encoder, the validation rows.
         arguments: the run's training arguments.
         autocast: dtype of mixed precision; None: no mixed precision.
 
@@ -98,10 +98,11 @@ def plan_cache(
 def needed_bytes(
     model: Any, collator: FlareDataCollator, rows: Sequence[dict[str, Any]], autocast: torch.dtype | None
 ) -> int:
-    """Return the bytes of all source states of the rows: layers x positions x width x bytes per number.
+    """Return the bytes that the cache needs for all source states of the rows.
 
-    Equal sources count once, because the cache stores them once. With source_padding="keep" the states of padding count
-    too, because they are cached.
+    A text takes layers x positions x width x bytes per number, rounded up. In an encoder-decoder, the decoder's states
+    of the source answer are added. Equal sources count once, because the cache stores them once. With
+    source_padding="keep" the states of padding count too, because they are cached.
     """
     request = model.source_request()
     config = request.model.config

@@ -123,7 +123,10 @@ class Losses(TrainerCallback, ExportableState):
         self.resumed = False
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add a step's loss to the sum, without waiting for the device."""
+        """Add the loss that the trainer returned for one batch to the sum, without waiting for the device.
+
+        With gradient accumulation, this loss is the batch's share of the step's loss.
+        """
         self._total = self._total + loss.detach().double()
 
     def mean(self, steps: int) -> float:
@@ -190,7 +193,10 @@ def set_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide the loading bars, warnings and deprecation notes of transformers and PEFT. Errors are still shown."""
+    """Hide the loading bars and logged warnings of transformers, and FutureWarnings of transformers and PEFT.
+
+    Errors are still shown.
+    """
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -21,8 +21,8 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 _PAPER_TASKS = ("nusax", "xnli", "tydiqa")
-#: Task or kind of task -> the paper's task whose settings it uses. All other tasks use the settings of NusaX (short
-#: texts with a label).
+#: Task or kind of task -> the paper's task whose settings it uses. The paper's tasks use their own settings. All other
+#: tasks use the settings of NusaX (short texts with a label).
 _USES_SETTINGS_OF = {"qa": "tydiqa", "multiple-choice": "xnli", "afrixnli": "xnli"}
 # Training arguments of a recipe that the experiment sets itself.
 _SET_BY_EXPERIMENT = ("predict_with_generate",)

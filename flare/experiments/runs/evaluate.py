@@ -112,7 +112,7 @@ class _Evaluation:
     def _base(self, setting: str, target: str, seed: int, text: str | None) -> list[Path]:
         settings = self.settings
         base = find_base(settings.output, settings.base, seed)
-        # a base that was not fine-tuned has no run.json that names the task, but its adapters have one
+        # a base that was not fine-tuned has no run.json, so the task is read from the run.json of one of its adapters
         adapters = (run.record for run in self.adapters if run.record.base == base.shown)
         data, setup = self._prepared(base.record or next(adapters, None), base)
         if setting == "translate-test" and data.task.kind == "token-classification":

@@ -37,7 +37,10 @@ ADAPTER = "source-adapter"
 
 
 def run_finetune(settings: FinetuneSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
-    """Fine-tune one base for each seed, in OUTPUT/base/seed-N. Finished bases are skipped.
+    """Fine-tune one base for each seed, in OUTPUT/base/seed-N.
+
+    With `settings.resume` (the default), finished bases are skipped and unfinished fine-tunings are resumed. Without
+    it, all of them are restarted.
 
     Returns:
         The bases' folders.

@@ -51,7 +51,7 @@ class ExperimentTrainer(FlareTrainer):
         self.add_callback(self.losses)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a training step, and add its loss to the sum from which ``train_loss`` is computed."""
+        """Compute the gradients of one batch, and add its loss to the sum that gives ``train_loss`` after a resume."""
         loss = super().training_step(*args, **kwargs)
         self.losses.add(loss)
         return loss
@@ -265,7 +265,8 @@ def fit(
         source_cache: cache of source states; None: no cache.
 
     Raises:
-        UserError: there are no rows, the trainer rejects a value, or accelerate sees another number of processes.
+        UserError: there are no rows, the trainer rejects a value, or accelerate sees another number of processes
+            than were started.
         DivergedError: the loss or the weights are not finite.
     """
     if not rows:

@@ -88,7 +88,7 @@ def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, .
     """Return the labels that the bases were fine-tuned on, or None if no run.json records labels.
 
     Raises:
-        UserError: the bases were fine-tuned on another task, language or list of labels.
+        UserError: a base was fine-tuned on another task, source language or list of labels than the settings name.
     """
     labels = None
     for base in bases.values():

@@ -109,7 +109,10 @@ def _check_config(record: RunRecord, config: Any) -> None:
 
 
 def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
-    """Raise ValueError if the saved file lacks weights, which PEFT would leave random, or if no module fuses."""
+    """Raise ValueError if the saved file lacks weights, or if the run was trained with a fusion and no module fuses.
+
+    PEFT would leave missing weights random.
+    """
     missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - saved)
     if missing:
         raise ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}")

@@ -1,7 +1,7 @@
 """Read and write run.json (the settings of a run) and metrics.json (its results).
 
-Both files are written atomically, so that a killed process leaves the older file intact. The report reads runs only
-through this module, which therefore imports no code for models or data.
+Both files are written atomically, so that a killed process leaves the older file intact. The report reads these files
+only through this module, which therefore imports no code for models or data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STALE = "its results are of other data:"
 
 
 class RecordError(UserError):
-    """A run.json or metrics.json that cannot be read."""
+    """A file of a run cannot be read, or a folder of runs is missing."""
 
 
 @dataclass
@@ -44,7 +44,8 @@ class RunRecord:
     source_language, target_language: names of the languages, as the user wrote them; target_language is None for the
         fine-tuning of a base.
     method: "finetune", "lora", "input-fusion", "x-mixup", "flare", "flare-mt", "zero-shot" or "translate-test".
-    variant: name of the run's folder, made of the method and of each setting that is not the default.
+    variant: name of the folder that holds the run's folder seed-N: the method and each setting that is not the default,
+        the name that the user gave with --name, or "base" for a fine-tuning.
     fusion: name of the fusion function (flare and flare-mt), else None.
     r: rank of the adapters; None if the run has no adapters.
     source_text: source text that the run reads, "gold" (written by people) or "mt" (machine-translated); None if it

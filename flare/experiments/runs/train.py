@@ -1,7 +1,7 @@
 """`flare train`: train every method on every target language with every seed.
 
-Each run starts from the base that was fine-tuned with the same seed. All runs of one command are called the grid
-(:mod:`flare.experiments.runs.grid`).
+Each run starts from the base that was fine-tuned with the same seed, or from the model that --base names. All runs of
+one command are called the grid (:mod:`flare.experiments.runs.grid`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ _BOTTLENECK_ROWS = 256
 def run_train(settings: TrainSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
     """Train every run of the grid in OUTPUT/<target>/<variant>/seed-N.
 
-    Finished runs are skipped, and unfinished ones are resumed.
+    With `settings.resume` (the default), finished runs are skipped and unfinished runs are resumed. Without it, all of
+    them are restarted.
 
     Returns:
         The runs' folders.
@@ -130,7 +131,7 @@ class _Run:
                 self.print_fn(f"{line} (--no-resume trains again)")
 
     def _splits(self) -> tuple[dict[str, list[Pair] | None], list[str]]:
-        """Return split -> the pairs that the run reads (None for a missing split), and notes about them."""
+        """Return split -> its pairs (None for a split that is missing or not used), and notes about them."""
         plan = self.plan
         train, notes = self.data.pairs(
             plan.target, "train", target_text=plan.target_text, source_text=plan.train_source

@@ -1,6 +1,7 @@
 """Draw the figures of ablations: the rank r, the fusion, the source text, the translator.
 
-A family is a set of lines that differ only in the factor of the ablation (`..families`).
+A line of the quality table has the scores of one method with one set of options, tested in one way. A family is a set
+of lines that differ only in the factor of the ablation, for example in r (see `..families`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def draw_translators(group: RunGroup, metric: str) -> Any:
     for family in shown:
         for kind, label in family.items():
             means.setdefault(str(kind), []).append(average_over(group, label, metric, languages).mean)
-    # translators in the order of the methods' mean scores, human text last
+    # translators in ascending order of their mean score over the families, human text last
     kinds = sorted(means, key=lambda kind: (kind == "gold", statistics.fmean(means[kind]), kind))
     figure = _curves(group, metric, languages, shown, kinds, SOURCE_TEXT)
     axes = figure.axes[0]
@@ -69,7 +70,10 @@ def draw_translators(group: RunGroup, metric: str) -> Any:
 
 
 def draw_fusions(group: RunGroup, metric: str) -> Any:
-    """Draw bars per language for every fusion of one method, and for plain LoRA as a baseline."""
+    """Draw bars per language for the fusions of one family, and for plain LoRA of the same rank if it was trained.
+
+    The family is the one with the most fusions.
+    """
     table = quality(group, metric)
     candidates = families(group, table, FUSION)
     if not candidates:
@@ -124,7 +128,7 @@ def _comparable(table: Quality, candidates: list[Family], missing: str) -> tuple
 
 
 def _one_text(family: Family) -> Family:
-    """Return the lines of a family whose source text has no noise and is of the same kind in training and test."""
+    """Return a family without the lines whose source text has noise or differs between training and test."""
     return {kind: label for kind, label in family.items() if "," not in str(kind)}
 
 

@@ -24,7 +24,10 @@ _MOST_TOKENS = 40  # maximum number of tokens that are drawn of a single row
 
 
 def activation_labels(group: RunGroup) -> list[str]:
-    """Return the labels of lines whose runs recorded activations by position."""
+    """Return the labels of lines whose runs recorded activations by position.
+
+    Lines of other test settings (" @ " in the label) are left out, because they belong to the same runs.
+    """
     return [label for label in group.labels if " @ " not in label and _by_language(group, label, files_only=True)]
 
 
@@ -71,7 +74,8 @@ def draw_averages(group: RunGroup, label: str) -> Any:
 def draw_instances(group: RunGroup, label: str, number: int) -> Any:
     """Draw the activations of one test row of each language as images of units by tokens.
 
-    The source is above the target. The left column shows the activations before ReLU, the right column after ReLU.
+    `number` is the index of the row among the single rows that a run recorded. The source is above the target. The left
+    column shows the activations before ReLU, the right column after ReLU.
     """
     panels = {
         language: activations.instances[number]
@@ -137,7 +141,10 @@ def _by_language(group: RunGroup, label: str, files_only: bool = False) -> dict[
 
 
 def _by_position(stream: Averages, when: str) -> tuple[Any, Any, Any]:
-    """Return the positions (from 1), the mean over units at each position, and the spread of this mean over rows."""
+    """Return the positions to draw (from 1), the mean over units at each one, and the spread of this mean over rows.
+
+    Positions that too few rows reach are left out (`_SHARE`).
+    """
     shown = stream.counts >= max(2, _SHARE * stream.counts.max()) if stream.counts.max() > 1 else stream.counts > 0
     return (
         np.flatnonzero(shown) + 1,

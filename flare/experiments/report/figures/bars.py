@@ -34,7 +34,7 @@ class Series:
     Attributes:
         name: name in the legend.
         method: the method that determines the color.
-        cells: tick of the axis -> scores; None if there are no scores.
+        cells: tick of the x axis -> scores; None if there are no scores.
     """
 
     name: str
@@ -55,8 +55,9 @@ def grouped_bars(
 
     Args:
         series: bars that are drawn side by side at each tick.
-        places: ticks of the axis, in order; they are split into rows if one row would be too narrow.
-        ylabel: label of the axis, which starts at 0.
+        places: ticks of the x axis, in order. If they do not fit next to each other, they are split over several axes,
+            one below the other.
+        ylabel: label of the y axis, which starts at 0.
         reference: name and height of a dotted line through all axes.
         apart: tick (of the average) that a line separates from the other ticks; None: no tick.
         digits: decimals of the numbers on the bars.
@@ -96,7 +97,8 @@ def grouped_bars(
             for place, cell in known:
                 spots = cell.values if len(cell.values) > 1 else ()
                 axes.plot([place + shift] * len(spots), spots, "o", color="black", markersize=1.6, markeredgewidth=0)
-                # with dots, the mean is written inside the bar; above the dots, it could be taken for a seed's score
+                # if there are dots, the mean is written inside the bar (unless the bar is too short for it), because
+                # above the dots the mean could be taken for a seed's score
                 foot = dotted and cell.mean > _SHORTEST * top
                 height, inside = (0.0, look["color"]) if foot else (max([cell.mean, *spots]), None)
                 _number(axes, place + shift, height, f"{cell.mean:.{digits}f}", thick * step, inside)
@@ -123,7 +125,7 @@ def grouped_bars(
 
 
 def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str | None) -> None:
-    """Write a number above a bar, or inside it at the bottom if a color is given.
+    """Write a number above a bar, or inside it at the bottom if the color of the bar (`inside`) is given.
 
     The number is rotated if the bar is narrow, and left out if the bar is too narrow for a rotated number.
     """

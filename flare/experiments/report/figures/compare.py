@@ -16,13 +16,16 @@ AVERAGE = "Average"
 
 
 def seeds_text(lines: list[Line]) -> str:
-    """Return the text that explains the bars and, if there are several seeds, the dots."""
+    """Return what a caption says about seeds: the meaning of bars and dots, or "one seed" if no line has several."""
     many = any(cell and len(cell.values) > 1 for line in lines for cell in line.cells.values())
     return "bars are means over seeds, dots are seeds" if many else "one seed"
 
 
 def series_of(table: Quality, line: Line, method: str, name: str | None = None) -> Series:
-    """Return the bars of a line: one for each language, and the average if the line has all languages."""
+    """Return the bars of a line: one for each language, and one for the average.
+
+    There is no bar for the average if there is only one language, or if the line lacks a language.
+    """
     shown = language_names(table.languages)
     cells = {shown[one]: cell for one, cell in line.cells.items()}
     if len(table.languages) > 1 and line.label in table.complete:
@@ -36,7 +39,10 @@ def places_on_axis(table: Quality) -> list[str]:
 
 
 def draw_comparison(group: RunGroup, metric: str) -> Any:
-    """Draw bars per language and for the average, with a dot for every seed."""
+    """Draw bars per language and for the average, with dots for the seeds if there are several.
+
+    Each of the `main_lines` has one bar per language.
+    """
     table = quality(group, metric)
     lines = main_lines(group, table)
     if len(lines) < 2:
@@ -69,7 +75,8 @@ def base_line(group: RunGroup, metric: str) -> tuple[str, float] | None:
 def draw_costs(group: RunGroup, metric: str) -> Any:
     """Draw the average score over languages against time per step, training time and peak memory.
 
-    Each cost has a panel, whose axis starts at 0. Costs that fewer than two methods measured are left out.
+    Each cost has a panel, whose x axis starts at 0. Costs that fewer than two methods measured are left out. Zero-shot
+    and translate-test have no training costs, so they are horizontal lines.
     """
     table = quality(group, metric)
     known = {cost.label: cost for cost in costs(group)}

@@ -1,4 +1,4 @@
-"""Draw the mean |S| and |T| by layer, with one panel per target language.
+"""Draw the mean |S| and |T| by block of the model, with one panel per target language.
 
 S and T are the outputs of the adapter's down-projection (the bottleneck) for the source and for the target.
 """
@@ -89,9 +89,10 @@ def draw_layers(group: RunGroup, label: str) -> Any:
 def curves(entry: Entry) -> dict[str, dict[str, dict[int, float]]]:
     """Return {kind of projection: {"S" | "T": {block: mean}}} of one run.
 
-    The block is the first number in a layer's name, plus 1. The rest of the name gives the kind ("query", "value"; also
-    "encoder" or "decoder" if the model has both), "" if there is only one. The block of a layer without a number in its
-    name is its position in the list, from 1.
+    The block is the first number in a layer's name, plus 1. The rest of the name gives the kind: the projection
+    ("query" or "value"), preceded by "encoder" or "decoder" if the model has both. A part that all layers share is left
+    out, so the kind is "" if there is only one. If a layer's name has no number, the block is the layer's position in
+    the list, from 1.
 
     Raises:
         ReportError: the lists of S, T and layer names are empty or differ in length.

@@ -1,4 +1,4 @@
-"""Draw the figures that cover several tasks and models: average rank, and scores by task."""
+"""Draw the figures that cover several tasks or models: average rank, and scores by task."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
     from matplotlib import rc_context
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # a dollar sign in a name is not math, unlike in matplotlib's tick labels
+    # a dollar sign in a name does not start math; only tick labels that matplotlib wrote (\mathdefault) contain math
+    for text in figure.findobj(Text):
         text.set_parse_math(r"\mathdefault" in text.get_text())
     written = []
     figure.draw_without_rendering()  # one layout for all formats
@@ -75,7 +76,7 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
 
 
 def caption(figure: Any, text: str) -> None:
-    """Set a figure's caption; see :func:`caption_of`."""
+    """Set a figure's caption, which :func:`caption_of` returns."""
     figure.set_label(text)
 
 
@@ -85,7 +86,10 @@ def caption_of(figure: Any) -> str:
 
 
 def plain_axes(axes: Any) -> None:
-    """Remove the top and right edge of the axes, thin the other lines, and draw a light grid behind the data."""
+    """Remove the top and right edge of the axes, and thin the other lines.
+
+    Light horizontal grid lines are drawn behind the data.
+    """
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_linewidth(0.6)
     axes.tick_params(labelsize=SMALL, width=0.6, length=2.5, pad=2)
@@ -96,7 +100,7 @@ def plain_axes(axes: Any) -> None:
 def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
     """Return the color, hatch and marker of each line, given the lines' methods.
 
-    No two lines have the same color and hatch.
+    Lines of one method share a color; up to seven of them differ in shade or hatch.
     """
     taken: dict[str, int] = {}
     colors = dict(_COLORS)
@@ -145,8 +149,8 @@ def legend_rows(names: Sequence[str], width: float) -> int:
 
 
 def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Add one legend below all axes, with as many columns as fit the width."""
-    columns = -(-len(names) // legend_rows(names, figure.get_figwidth()))  # evenly filled
+    """Add one legend below all axes, with as few rows as the width allows."""
+    columns = -(-len(names) // legend_rows(names, figure.get_figwidth()))  # evenly filled rows
     figure.legend(
         handles,
         names,
