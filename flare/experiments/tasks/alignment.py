@@ -42,11 +42,12 @@ def align(
 ) -> tuple[list[Pair], list[str]]:
     """Pair the rows of two languages by id, in the order of the target rows.
 
-    A row is dropped if no row of the other language has its id, if its id occurs twice in its language (it is then
-    ambiguous which texts belong together), if the labels of the pair differ (the tags of words are not compared), or if
-    a text of the pair is empty. Dropped rows are reported with their count and some of their ids.
+    A row is dropped if no row of the other language has its id, if its id occurs more than once in its language (it is
+    then ambiguous which texts belong together), if the labels of the pair differ (the tags of words are not compared),
+    or if a text of the pair is empty. Dropped rows are reported with their count and some of their ids.
 
-    If one of the languages has no ids, rows are paired by position, and both languages must have equally many rows.
+    If one of the languages has no ids and `translated` is False, rows are paired by position, and both languages must
+    have equally many rows.
 
     Args:
         targets: rows in the target language.
@@ -135,7 +136,7 @@ def match(
 
 
 def _same_label(pair: Pair) -> bool:
-    """Return whether both rows have the same label. Tags of words belong to one language and are not compared."""
+    """Return whether both rows have the same label, or the target has words, whose tags are not compared."""
     return pair.source is not None and (bool(pair.target.words) or pair.target.label == pair.source.label)
 
 

@@ -1,4 +1,4 @@
-"""Parse the cells of a row for each kind of task: texts, words, tags, choices, sets of labels, numbers."""
+"""Parse the cells of a row for each kind of task: texts, words, class names, tags, choices, sets of labels, numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
     """Return the columns that a split needs.
 
     Some kinds of task accept several column layouts (see `flare.experiments.tasks.registry`). The columns that the
-    split has (`columns`) decide which layout applies.
+    split has (`columns`) decide which layout applies. If a QA split has no column of answers, the last item is the text
+    "answers (or answer)", for the error message.
     """
     if task.kind == "qa":
         has_answers = "answers" in columns or "answer" in columns
@@ -38,10 +39,13 @@ def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
 
 
 def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return a mapping from each text column to its text, and the words (empty except in token classification).
+    """Return a mapping from each text column to its text, and the words.
+
+    The words are empty if the task is not a token classification, or if the row has a sentence instead of words.
 
     Raises:
-        DataError: a cell that must hold a text or a list holds something else, or the number of choices is wrong.
+        DataError: a cell that must hold a text or a list holds something else, a text contains a lone surrogate (see
+            `text_of`), or the number of choices is wrong.
     """
     if task.kind == "token-classification":
         column = task.text_columns[0]
@@ -64,7 +68,7 @@ def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, 
 def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: Sequence[str], where: str) -> Any:
     """Return the label of a row (see `Example.label`), or None for a token-classification row without words.
 
-    `row_parsing.check_labels` checks later that the label is one of the task's labels.
+    For classes, tags and sets of labels, `row_parsing.check_labels` checks later that the task has these labels.
 
     Args:
         row: column -> value.
@@ -74,7 +78,7 @@ def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: 
         where: file and row, named in error messages.
 
     Raises:
-        DataError: a cell cannot be parsed.
+        DataError: a cell cannot be parsed, or the row does not have one tag for each word.
     """
     value, cell = row.get(task.label_column), f"{where}: {task.label_column}"
     if task.kind == "token-classification":
@@ -99,7 +103,8 @@ def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = 
     Args:
         value: the cell.
         where: file, row and column, named in error messages.
-        numbers: whether numbers are accepted. They are converted by str(), except NaN, which becomes "".
+        numbers: whether numbers and other scalar values are accepted. They are converted by str(), except NaN, which
+            becomes "".
         word_lists: whether lists of words are accepted. The words are joined with spaces.
 
     Raises:
@@ -117,7 +122,7 @@ def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = 
 
 
 def accepts_indices(task: Task) -> bool:
-    """Return whether the data may give labels by their indices. It may not if a label is itself a number."""
+    """Return whether the data may give labels by their indices: the labels are known, and none of them is a number."""
     return task.labels is not None and not any(label.isdecimal() for label in task.labels)
 
 
@@ -179,7 +184,7 @@ def _set_of_labels(row: Mapping[str, Any], task: Task, name_of: NameOf | None, w
 
 
 def _has_column_per_label(task: Task, columns: Any) -> bool:
-    """Return whether a multi-label split has a column for each label."""
+    """Return whether a split of a multi-label task has one column for each label, instead of the label column."""
     labels_known = task.kind == "multi-label" and task.labels is not None and task.label_column not in columns
     return labels_known and all(label in columns for label in task.labels or ())
 

@@ -1,8 +1,9 @@
 """List the tasks' data sets on the Hugging Face hub: configurations, splits, and where their English rows come from.
 
 A data set has one configuration per language. The configuration's name is a code that `.languages` maps to the
-language, or the language's FLORES-200 tag (such as ace_Latn), which is also its NLLB tag. `.registry` lists the columns
-and labels of each task.
+language, or the language's FLORES-200 tag (such as ace_Latn), which is also its NLLB tag. TyDiQA-GoldP is an exception:
+it has one configuration for all languages, and its codes are the language names in the ids of its rows (see `.hub`).
+`.registry` lists the columns and labels of each task.
 """
 
 from __future__ import annotations
@@ -60,8 +61,11 @@ class DataSet:
     def configuration(self, name: str) -> str:
         """Return the name of a language's configuration.
 
+        If the names are FLORES-200 tags, `name` may be any such tag, which is returned without a check.
+
         Raises:
-            UserError: the language is unknown, or the data set does not have it.
+            UserError: the language is unknown, is not in the data set, or has no FLORES-200 tag although the
+                configurations are named by such tags.
         """
         if self.codes is None:
             return name if _FLORES_TAG.fullmatch(name) else self._flores(name)
@@ -121,7 +125,7 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def english_rows(hub_id: str, name: str, split: str) -> Elsewhere | None:
-    """Return the second data set that the rows of a language's split are read from; None if there is no second one."""
+    """Return the second data set that the rows of a language's split are read from, if there is one, else None."""
     known = DATA_SETS.get(hub_id)
     if known is None or split not in known.english:
         return None

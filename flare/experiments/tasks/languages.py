@@ -1,9 +1,9 @@
 """Look up languages in a table of names, ISO 639-3 codes and NLLB tags.
 
 The table has every language of NLLB-200 (Costa-jussà et al., 2022) with the FLORES-200 tag that NLLB's tokenizer uses.
-It also has the languages of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks, some with the tag of a related
-language that the paper translates with instead. Machine translation and data sets on the hub need a language of this
-table. Folders of your own data may have any name.
+It also has the languages of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks. For some of these, the table gives the
+NLLB tag of a related language, with which the paper translates. Machine translation and data sets on the hub need a
+language of this table. Folders of your own data may have any name.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def load_pairs(
         limit: maximum number of pairs; the first pairs are kept.
 
     Returns:
-        The pairs in the order of the target rows, and notes for the user (dropped rows with their counts).
+        The pairs in the order of the target rows, and notes for the user: where rows on the hub come from, whether rows
+        were paired by position, how many were dropped and why, and whether `limit` left rows out.
 
     Raises:
         DataError: a file, column or row is missing or wrong, or no rows match.

@@ -3,7 +3,8 @@
     id,english,acehnese,label
 
 The table is a folder with one file per split (train.csv, test.csv, ...), a DatasetDict written by save_to_disk, or a
-single file with a column ``split``. All languages share the ids and labels; each has its own text columns.
+single file or Dataset (written by save_to_disk) with a column ``split``. All languages share the ids and labels; each
+has its own text columns.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class ParallelColumns:
     """Location and columns of a parallel table.
 
     Attributes:
-        path: a folder with one file per split, or a single file with a column "split".
+        path: a folder with one file per split, or a single file or saved Dataset with a column "split".
         source_language: name of the language in `source_columns`.
         source_columns, target_columns: one column for each of the task's text columns; None if no columns were named.
             "{language}" in a target column is replaced by the language's name.
@@ -79,7 +80,8 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
 
     Raises:
         DataError: the split, a column or the rows are missing, or the table cannot be read.
-        UserError: no column is given for the language, or the task's answers differ between languages.
+        UserError: no columns are given for the language, their number differs from the task's number of text columns,
+            or the task's answers differ between languages.
     """
     if task.kind in _ANSWERS_IN_TEXT:
         raise UserError(

@@ -26,7 +26,8 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
     Args:
         task: determines which columns are read.
         data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
-        language: name of the language's folder; for a data set on the hub that `.data_sets` lists, a name or code of
+        language: name of the language's folder; for `ParallelColumns`, the source language or the name that replaces
+            "{language}" in the target columns; for a data set on the hub that `.data_sets` lists, a name or code of
             the language (see `.languages`); for another data set on the hub, the language's configuration.
         split: "train", "valid" or "test".
 
@@ -44,7 +45,11 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
 
 
 def has_split(task: Task, data: Data, language: str, split: str) -> bool:
-    """Return whether a split exists: whether it has a file or, on the hub, whether it can be loaded."""
+    """Return whether a split exists.
+
+    In a folder, this means that the split has a file; in a parallel table, that it has a file or rows; on the hub, that
+    it can be loaded.
+    """
     _check_split(split)
     if isinstance(data, ParallelColumns):
         return has_parallel(data, split)
@@ -72,7 +77,8 @@ def resolve_labels(task: Task, data: Data, language: str) -> Task:
 def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]]:
     """Return the task with labels, as `resolve_labels` does, and the lines of a table of labels and row counts.
 
-    There are no lines if the task already has its labels.
+    For token classification, the table counts the words with each tag. There are no lines if the task already has its
+    labels or its kind has no named labels.
     """
     if task.kind not in NAMED or task.labels is not None:
         return task, []

@@ -1,7 +1,7 @@
 """Registry of tasks: the paper's three tasks, tasks of further data sets, and one task of each kind for your own data.
 
-The kind of a task determines its metrics, how a model reads its rows (`.forms`), and the columns of its rows. Each row
-has an ``id`` and these columns:
+The kind of a task determines its metrics, how a model reads its rows (`.forms`), and the columns of its rows. Rows
+may have an ``id`` (see `Task.id_columns`). They have these columns:
 
     classification        text_columns; label_column: the name of a class, or its index in `labels`
     qa                    text_columns (question, context); a column ``answers``, or the columns ``answer`` and
@@ -93,7 +93,8 @@ class Task:
 
         Raises:
             UserError: there are fewer than two classes, a class occurs twice, the verbalizer has an unknown class or
-                the same text for two classes, or token-classification tags are not IOB2 tags.
+                the same text for two classes, or token-classification tags are not IOB2 tags, lack O, or lack the
+                B- tag of a type.
         """
         names = tuple(labels)
         if self.kind == "token-classification":

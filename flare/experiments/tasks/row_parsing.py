@@ -40,8 +40,8 @@ def examples_from(
         name_of: function that returns the label of a class index; None if the data set does not name its classes.
 
     Raises:
-        DataError: a column is missing, there are no rows, a row's label is not one of the task's labels, or an answer
-            cannot be parsed.
+        DataError: a column is missing, there are no rows, a row's label is not one of the task's labels, or a cell (a
+            text, label or answer) cannot be parsed.
     """
     rows = list(rows)
     if not rows:

@@ -8,7 +8,7 @@
 .conll, .txt   one word and its tag per line, an empty line after each sentence
 a folder       written by `datasets.Dataset.save_to_disk`
 
-Files are UTF-8, with or without a byte order mark. A table may be split into several files (shards), such as
+Text files are in UTF-8, with or without a byte order mark. A table may be split into several files (shards), such as
 NAME-00000-of-00002.parquet and NAME-00001-of-00002.parquet, which are read as one table.
 """
 
@@ -61,10 +61,11 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_table(path: Path) -> Table:
-    """Read a file, all shards of a table, or a folder written by save_to_disk.
+    """Read a file or a folder written by save_to_disk. If the path is a shard of a table, read all shards of the table.
 
     Raises:
-        DataError: the table cannot be read, a row has more or fewer fields than the header, or a column occurs twice.
+        DataError: the table cannot be read, a row has more or fewer fields than the header, a column occurs twice, a
+            shard is missing, or the shards have different columns.
     """
     if path.is_dir():
         return _read_saved(path)
@@ -266,7 +267,7 @@ def _read_conll(path: Path) -> Table:
         Mandela<TAB>I-PER
 
     Fields are separated by a tab or spaces. With more than two fields, the first is the word and the last is the tag.
-    Lines that start with -DOCSTART- are skipped.
+    An empty line, or a line that starts with -DOCSTART-, ends a sentence.
 
     Raises:
         DataError: a line has no tag, or the file is not UTF-8.

@@ -14,7 +14,7 @@ from ..tasks import Answer
 # Chen et al. found that translation preserves square brackets best. The other pairs are for texts that contain square
 # brackets.
 PAIRS = (("[", "]"), ("{", "}"), ("<", ">"), ("«", "»"))
-# Characters that models write instead of square brackets, mostly in Chinese and Japanese (as in the authors' release).
+# Characters that models write instead of square brackets, mostly in Chinese and Japanese (from Chen et al.'s code).
 _VARIANTS = {"[": "［【《", "]": "］】》"}
 
 _NO_SPACE_BEFORE = (".", ",")
@@ -109,7 +109,7 @@ def remove(translation: str, pair: tuple[str, str]) -> str:
 
 
 def _normalized(translation: str, pair: tuple[str, str]) -> str:
-    """Replace variants of the marks, and merge adjacent repetitions of a mark (as in the authors' release)."""
+    """Replace variants of the marks, and merge adjacent repetitions of a mark (as the code of Chen et al. does)."""
     for one in pair:
         for variant in _VARIANTS.get(one, ""):
             translation = translation.replace(variant, one)
@@ -125,5 +125,5 @@ def _without_extra_spaces(before: str, after: str) -> tuple[str, str]:
 
 
 def _separates_words(character: str) -> bool:
-    """Return whether a character is a letter or digit of a script that puts spaces between words."""
+    """Return whether a character is a letter or digit below U+0E00 (Thai), where scripts put spaces between words."""
     return character.isalnum() and ord(character) < 0x0E00

@@ -97,9 +97,9 @@ def sentences(text: str) -> list[tuple[str, str]]:
 
 
 def _split(text: str, measure: Callable[[Sequence[str]], Sequence[int]], limit: int) -> list[tuple[str, str]]:
-    """Return runs of consecutive sentences with up to `limit` tokens, each with the white space after it.
+    """Split a text into runs of consecutive sentences, and return each run with the white space after it.
 
-    A sentence with more tokens is a run by itself.
+    A run has at most `limit` tokens. A sentence with more tokens is a run by itself.
     """
     parts = sentences(text)
     runs: list[tuple[str, str]] = []

@@ -151,7 +151,7 @@ def translate_split(
 def _start(
     job: Job, settings: dict[str, Any], stack: contextlib.ExitStack, print_fn: Callable[[str], None]
 ) -> Outcome | tuple[dict[str, Any], dict[str, Any]]:
-    """Lock the folder. Return its provenance and the split's entry in it, or the outcome if the split is finished."""
+    """Lock the folder. Return its provenance and a new entry for the split, or the outcome if the split is finished."""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -220,7 +220,7 @@ def _finish(
 def _translate(
     plan: Plan, translator: TranslatorLike, done: Mapping[int, Sequence[Translated]], label: str | None
 ) -> Iterator[tuple[int, list[Translated]]]:
-    """Yield every unfinished batch with its translations. The processes share the batches."""
+    """Yield the index of every unfinished batch with the batch's translations. The processes share the batches."""
     finished = sum(len(plan.batches[batch]) for batch in done)
     unfinished = [batch for batch in range(len(plan.batches)) if batch not in done]
     with counter(label, len(plan.pieces), "text", finished) as bar:
@@ -254,7 +254,12 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 
 def _provenance_of_folder(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the folder's provenance, or a new one; raise TranslationError if its settings differ."""
+    """Return the folder's provenance, or new provenance if the folder has none.
+
+    Raises:
+        TranslationError: the translations in the folder were made with another task, other text columns, other
+            languages or other settings of the translator, or the provenance cannot be read.
+    """
     current = {
         "format": FORMAT,
         "task": job.task.name,
@@ -292,7 +297,10 @@ def _check_same(job: Job, previous: Mapping[str, Any], current: Mapping[str, Any
 
 @contextlib.contextmanager
 def _locked(folder: Path, print_fn: Callable[[str], None]) -> Iterator[None]:
-    """Lock the folder against a second process. The lock ends with this process, even if it is killed."""
+    """Lock the folder against a second process until the context ends or this process is killed.
+
+    If the file system has no locks, print a message and continue without a lock.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

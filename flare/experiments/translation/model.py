@@ -82,7 +82,7 @@ class TranslationModel:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """Identification of the model for provenance: name, commit or fingerprint of the folder, and dtype."""
+        """Identification of the model for provenance: its name, dtype, and commit (hub) or fingerprint (folder)."""
         version = {"fingerprint": fingerprint(self.folder)} if self.folder else {"revision": self.revision}
         return {"name": self.name, **version, "dtype": str(self.dtype).removeprefix("torch.")}
 
@@ -137,7 +137,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def writes_tags(tokenizer: Any) -> bool:
-    """Return whether a tokenizer writes language tags, as NLLB, M2M100 and mBART do and Marian and T5 do not."""
+    """Return whether a tokenizer writes language tags.
+
+    The tokenizers of NLLB, M2M100 and mBART write them. The tokenizers of Marian and T5 do not.
+    """
     return hasattr(tokenizer, "src_lang")
 
 
@@ -185,7 +188,7 @@ def tag_id(tokenizer: Any, tag: str) -> int:
 
 
 def position_limit(config: Any, tokenizer: Any = None) -> int | None:
-    """Return the maximum tokens of the model (and of the tokenizer, if given); None if no limit is known."""
+    """Return the maximum number of tokens that the model and the tokenizer (if given) accept; None if not known."""
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     # T5 has relative positions without a limit; its n_positions is only the length in training
     if getattr(config, "relative_attention_num_buckets", None) is not None:

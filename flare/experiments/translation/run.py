@@ -24,7 +24,7 @@ class Direction:
     Attributes:
         source, target: names of the languages to translate from and into.
         source_tag, target_tag: tags of these languages. For a model without tags, the codes that the user gave for the
-            prefix, or None.
+            prefix; None if the user gave no code.
         splits: the splits that are translated in this direction.
     """
 
@@ -104,6 +104,8 @@ def run_translate(settings: TranslateSettings, print_fn: Callable[[str], None] =
 
 def translator_to_source(settings: TranslateSettings, print_fn: Callable[[str], None] = print) -> Translator:
     """Return a translator from the first target language into the source language, without reading or writing data.
+
+    The settings must have the direction "to-source".
 
     Raises:
         TranslationError: the model, a tag or a limit cannot be used.

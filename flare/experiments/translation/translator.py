@@ -61,7 +61,7 @@ class Translator:
         max_new_tokens: maximum tokens of a piece's translation. Default: the model's limit, at most 512.
         batch_tokens: maximum tokens of a batch, counted as the number of pieces times the tokens of the longest piece.
         batch_size: maximum number of pieces in a batch; None: no maximum.
-        num_beams: 1 is greedy decoding, regardless of the model's generation_config.
+        num_beams: number of beams, used instead of the number in the model's generation_config; 1: greedy decoding.
         print_fn: called with a message when a batch does not fit into the GPU's memory.
 
     Raises:
@@ -102,7 +102,7 @@ class Translator:
         self.num_beams = num_beams
 
     def settings(self) -> dict[str, Any]:
-        """Return everything besides the text that a translation depends on, as JSON values for provenance."""
+        """Return the settings on which a translation depends, as JSON values for provenance."""
         return {
             "model": self.loaded.identity,
             "source_tag": self.source_tag,
@@ -145,7 +145,7 @@ class Translator:
                         "the GPU's memory is too small for one piece of text; lower --max-length, or use --dtype "
                         "bfloat16, a smaller model or --device cpu"
                     ) from error
-            # after the except block, because the exception keeps the failed batch's tensors alive
+            # this follows the except block, because inside it the exception keeps the failed batch's tensors alive
             self._max_rows = rows // 2
             self._print_fn(
                 f"The GPU's memory is too small for batches of {rows} texts; continuing with {self._max_rows}."

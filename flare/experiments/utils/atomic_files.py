@@ -25,8 +25,8 @@ _ABANDONED = 60
 def replacing(path: Path) -> Iterator[TextIO]:
     """Open a UTF-8 file that replaces ``path`` when the block ends. After an error, ``path`` is unchanged.
 
-    Missing folders are created. If the process is killed, ``.<name>.<process id>`` is left behind. A write of ``path``
-    that starts at least a minute later removes it.
+    Missing folders are created. If the process is killed, the temporary file ``.<name>.<process id>`` is left behind. A
+    write of ``path`` that starts more than a minute later removes this file.
 
     Raises:
         OSError: the file cannot be written.

@@ -162,7 +162,7 @@ class Form:
 
 
 def as_array(output: Any) -> np.ndarray:
-    """Return a tensor (also bfloat16), array or nested list as a NumPy array."""
+    """Return a tensor, array or nested list as a NumPy array. A floating-point tensor becomes float32."""
     if hasattr(output, "detach"):
         output = output.detach().cpu()
         output = output.float() if output.is_floating_point() else output

@@ -1,7 +1,8 @@
 """Forms for model heads that score a whole text: classification, multi-label, regression and multiple choice.
 
-A row holds one text, or a pair of texts, as one token sequence. The source is encoded in the same way, as a second
-sequence. A decoder with such a head reads the same rows as an encoder.
+A row holds one text, or a pair of texts, as one token sequence. A multiple-choice row holds one sequence per choice.
+The source is encoded in the same way, in columns whose names start with ``source_``. A decoder with such a head reads
+the same rows as an encoder.
 """
 
 from __future__ import annotations

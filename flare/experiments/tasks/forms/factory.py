@@ -31,12 +31,13 @@ def make_form(task: Task, tokenizer: Any, family: str, max_length: int | None = 
     Args:
         task: the task; if its kind has labels, they must be known (see `flare.experiments.tasks.resolve_labels`).
         tokenizer: the model's tokenizer.
-        family: "encoder": a model with a head; "causal": a decoder that generates the label or answer after a prompt;
-            "seq2seq": an encoder-decoder that reads the prompt and generates the label or answer.
+        family: "encoder": a model with a head for the task; "causal": a decoder that generates the label or answer
+            after a prompt; "seq2seq": an encoder-decoder that reads the prompt and generates the label or answer.
         max_length: maximum tokens of one text; None: `task.max_length`.
 
     Raises:
-        UserError: the family is not known, or the task or the tokenizer does not support the form.
+        UserError: the family is not known or cannot solve this kind of task, or the form cannot be made for the task's
+            columns and labels, the tokenizer or `max_length`.
     """
     if family not in FAMILIES:
         raise UserError(f"the model family {family!r} is not known; accepted: {', '.join(FAMILIES)}")

@@ -112,9 +112,10 @@ class GenerativeForm(Form):
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
         """Return labels or answers from generated token ids.
 
-        A text becomes a label if it equals the label's verbalization or name, ignoring case. If it only starts with
-        one or more verbalizations, it becomes the label of the longest verbalization. Otherwise it is returned
-        unchanged and counts as wrong (see `prediction_notes`).
+        In QA, the generated text is the answer. In other tasks, a text becomes a label if it equals the label's
+        verbalization or name, ignoring case. If it only starts with one or more verbalizations, it becomes the label
+        of the longest verbalization. A text that gives no label is returned unchanged and counts as wrong (see
+        `prediction_notes`).
 
         Args:
             output: the new token ids (rows, tokens) without the prompt, or lists of unequal lengths. -100 is padding.
@@ -278,7 +279,7 @@ class Seq2SeqForm(GenerativeForm):
     A training row has the columns input_ids, labels and, with a source, source_input_ids and source_labels. The
     source's prompt is the template of the target's prompt, filled with the English text. In training, ``source_labels``
     holds the English label or answer, so that the decoder fuses as well. In `eval_rows`, ``source_labels`` holds only
-    an end token: if the column is present, generate() fuses in the decoder too, but it does not read the values.
+    an end token: generate() fuses in the decoder if the column is present, but does not read the column's values.
     """
 
     layout = "seq2seq"

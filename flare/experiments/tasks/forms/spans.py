@@ -1,8 +1,8 @@
 """Form of question answering with a start logit and an end logit for every token of the context.
 
 A row is one window: the question (at most half of max_length), then as much of the context as fits. The rest of the
-context is cut off, and a note counts the rows with a cut. A training row is left out if its answer is cut off or not in
-its context; evaluation keeps every row.
+context is cut off, and a note counts the rows whose question or context was cut. A training row is left out if it has
+no answer, or if its answer is cut off or not in its context. Evaluation keeps every row.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class SpanForm(Form):
     """Form of a question answering head, which returns start logits and end logits, each (rows, tokens).
 
     A training row has the columns input_ids, start_positions (the answer's first token), end_positions (its last token)
-    and, with a source, source_input_ids. If the model reads token types, it also has token_type_ids (and
-    source_token_type_ids).
+    and, with a source, source_input_ids. If the model reads token types, the row also has token_type_ids
+    (and source_token_type_ids).
     """
 
     layout = "encoder"
@@ -227,9 +227,10 @@ def locate(context: str, answer: Answer) -> int | None:
 
 
 def usable_answer(example: Example, context: str) -> tuple[int, int, bool] | None:
-    """Return the characters [begin, end) of the first accepted answer in the context, and whether its start was wrong.
+    """Return the characters [begin, end) of an answer in the context, and whether the data gives a wrong start for it.
 
-    Answers that the context does not contain are skipped. Return None if the context contains none of the answers.
+    The answer is the first item of `example.answers` that the context contains. Return None if the context contains
+    none of the answers.
     """
     for answer in example.answers:
         begin = locate(context, answer)

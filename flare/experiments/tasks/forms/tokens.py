@@ -24,7 +24,7 @@ OUTSIDE = "O"
 
 
 class TokenForm(ClassificationForm):
-    """Form of a token classification head, which returns logits (N, m, number of tags).
+    """Form of a token classification head, which returns logits (rows, tokens, number of tags).
 
     A row has the columns input_ids, labels (one per token) and, with a source, source_input_ids.
     """
@@ -69,13 +69,14 @@ class TokenForm(ClassificationForm):
         return rows, notes
 
     def predictions(self, output: Any, pairs: Sequence[Pair], labels: Any = None) -> list[tuple[str, ...]]:
-        """Return the most likely tag of each word.
+        """Return the most likely tag of each word, and `OUTSIDE` for a word without a token.
 
         Args:
-            output: logits (N, m, tags); if it is a tuple, its first entry.
+            output: logits (rows, tokens, number of tags), or a tuple whose first item holds the logits.
             pairs: the pairs given to `eval_rows`.
-            labels: ``labels`` (N, m) of the batch, collated from `eval_rows`, which mark each word's first token. None:
-                tokens have the same positions as in the rows, as in batches padded on the right.
+            labels: ``labels`` (rows, tokens) of the batch collated from `eval_rows`, which mark each word's first
+                token. None: tokens have the same positions in the batch as in their row, as in batches padded on the
+                right.
         """
         best = self._logits(output, pairs).argmax(-1)
         _, _, first_tokens = self._unlabelled_rows(pairs, with_source=False)
@@ -131,7 +132,7 @@ class TokenForm(ClassificationForm):
 def first_tokens_of(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
     """Return the first token of each word, or None for a word without a token.
 
-    Two words never have the same first token.
+    Two words never have the same first token: a token that covers parts of two words counts only for the first word.
 
     Args:
         words: the words; joined with single spaces, they are the sentence.
