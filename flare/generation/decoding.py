@@ -149,7 +149,7 @@ class SourceDecoding:
     def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
         """Return a step that runs the model once on both the target and the source.
 
-        Return None if such a step is not possible. Then call :meth:`carry`, which returns S before the target runs.
+        Return None if such a step is not possible. Then :meth:`carry` provides S.
 
         Args:
             model: the transformers model.

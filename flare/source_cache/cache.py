@@ -159,7 +159,7 @@ class SourceStateCache(Store):
             keys: the states to read.
             prepare: casts a state to autocast's dtype (if any), and sets the state's padding to zero (if ``prepare``
                 has masks), before the state is stored.
-            masks: stack -> attention mask (B, m) under source_padding="zero"; otherwise empty.
+            masks: stack -> attention mask (B, m), for a decoder (B, u), under source_padding="zero"; otherwise empty.
             decoders: the stacks that read ``decoder_input_ids``.
             zero_pads: True if padding is neither read nor stored. Default: True if ``masks`` is not empty.
             host: CPU copies of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``decoder_input_ids`` and
