@@ -8,8 +8,9 @@ maps the target's rows (beams, or several samples of a prompt) to the source's r
                       and new token t with the source's new token t. The frozen model decodes the source greedily, with
                       a separate KV cache. A row ends with its end token, whose S is used for all later positions. When
                       all rows have ended, the frozen model no longer runs.
-    ReleaseDecoding   As in the authors' release: the source is decoded before the target. All positions of a forward
-                      fuse with a single position of the source, which is chosen by the target's length.
+    ReleaseDecoding   As in the authors' release: the source is decoded before the target. A forward pass of the target
+                      fuses with one step of the source (the whole prompt, or one new token), which is chosen by the
+                      target's length.
     LatentDecoding    FLARE MT: the user passes the states of a translation model's encoder, one per position of the
                       prompt. New tokens fuse with the last of these states that is not padding.
 
@@ -94,12 +95,12 @@ class SourceDecoding:
         Args:
             model: the transformers model.
             runtime: the model's runtime, which knows the layers that fuse.
-            shape: (rows, q), the shape of the forward's token ids; None if the forward got no token ids.
+            shape: (rows, q), the shape of the forward's token ids or embeddings; None if it got neither.
             past: number of positions in the target's KV cache.
 
         Raises:
-            ValueError: the forward does not start where the last one ended, other adapters are active, or the number of
-                target rows does not fit the number of source rows.
+            ValueError: ``shape`` is None, the forward does not start where the last one ended, other adapters are
+                active, or the number of target rows does not fit the number of source rows.
         """
         active = runtime.active_uses()
         reads = active.of_decoder if self.in_decoder else active.of_text
@@ -148,7 +149,7 @@ class SourceDecoding:
     def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
         """Return a step that runs the model once on both the target and the source.
 
-        Return None if such a step is not possible. Then call :meth:`carry`, which runs the model on the source alone.
+        Return None if such a step is not possible. Then :meth:`carry` provides S.
 
         Args:
             model: the transformers model.
@@ -249,7 +250,8 @@ class AlignedDecoding(SourceDecoding):
         prompt: (B, m), token ids of the source's prompt.
         end_ids: the tokens that end a text; may be empty.
         done: (B,), whether a row's end token has been read.
-        last_states: S (B, 1, r) of the last position that was read.
+        last_states: S (B, 1, r) of each row's last new token (of its end token, if it has ended); empty before the
+            first new token was read.
         may_share: whether a decoding step may run the model once on both the target and the source.
         target_rows_in_cache: number of the target's rows if one KV cache holds the rows of target and source; 0 if the
             source has its own KV cache.
@@ -368,12 +370,13 @@ class AlignedDecoding(SourceDecoding):
 
 @dataclass(kw_only=True)
 class ReleaseDecoding(SourceDecoding):
-    """Follows the authors' release: all positions of a forward fuse with one step of the source.
+    """Follows the authors' release: a forward pass of the target fuses with one step of the source.
 
     The source is decoded before the target, in N steps. Step 0 reads the source's prompt, and each later step reads one
-    new token. When the target has n tokens (prompt and padding included), a forward uses step min(n, N) - 1. If that
-    step has as many positions as the forward, they fuse position by position. If it has more, its last position is
-    used. After a source row has ended, it continues with pad tokens until all rows have ended.
+    new token. If the target has n tokens (including the prompt, padding and the tokens of this forward), the forward
+    uses step min(n, N) - 1. If that step has as many positions as the forward, they fuse position by position. If it
+    has a different number, all positions of the forward fuse with the step's last position. After a source row has
+    ended, it continues with pad tokens until all rows have ended.
 
     Attributes:
         steps: S of each of the N steps.

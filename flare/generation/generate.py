@@ -147,7 +147,7 @@ def _source_decoding(
     target: tuple[Tensor, Tensor | None],
     options: Options,
 ) -> SourceDecoding:
-    """Return the state of the source's decoding before the first token, for a decoder-only model."""
+    """Return the state of the source's decoding before the target's first token, for a decoder-only model."""
     shape = tuple(target[0].shape[:2])
     pairs, adapters = fusing_pairs(reads), reads.adapters
     if runtime.setting("latent_dim", adapters) is not None:
@@ -287,7 +287,7 @@ def _read_encoder(
     target: tuple[int, ...],
     options: Options,
 ) -> tuple[SourceContext, AlignedDecoding]:
-    """Run the frozen encoder. Return a context with S of its layers, and the state of the source's decoding."""
+    """Run the frozen encoder on the source. Return a context with S of its layers, and the source's decoding."""
     adapters = in_encoder.adapters | in_decoder.adapters
     inputs = backbone_inputs(model, source, target)
     mask = inputs.get("attention_mask")

@@ -155,7 +155,7 @@ def inputs_of_both(kwargs: dict[str, Any], source: dict[str, Any], past: int) ->
 
 
 def join_caches(target: Any, source: Any) -> None:
-    """Append the source's keys and values (s, heads, m, head size) to the target's cache, layer by layer.
+    """Append the source's rows of keys and values (s, heads, positions, head size) to the target's cache.
 
     The source's cache is left with empty tensors.
     """

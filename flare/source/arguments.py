@@ -36,7 +36,7 @@ def flatten_choices(source: dict[str, Any]) -> dict[str, Any]:
     ``source_states`` already have the size (B n, m), and are returned unchanged.
 
     Raises:
-        ValueError: ids, a mask or token types do not have three dimensions.
+        ValueError: one of the other source arguments is not a tensor of three dimensions.
     """
     texts = {name: value for name, value in source.items() if name != "source_states"}
     for name, value in texts.items():

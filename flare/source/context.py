@@ -30,9 +30,10 @@ class Slot:
     Attributes:
         frozen_pass: the running source pass (flare.source.source_pass), or None. During it, adapter layers act as base
             layers.
-        forward: the context of the model's running forward pass. A hook passes it to the blocks.
-        context: the context of the running block, which its adapter layers read.
-        pending: outputs that the call of one projection has computed for other projections (flare.tuner.site).
+        forward: the context of the model's running forward pass; None without a source. A hook passes it to the blocks.
+        context: the context of the running block, which its adapter layers read; None without a source.
+        pending: outputs that the call of one projection has computed for other projections (flare.tuner.site);
+            None if there are none.
         running: whether a forward pass of the model is running.
         plain: whether this forward pass runs under a function transform or tracer (torch.func, torch.export,
             torch.jit.trace) that supports only plain PyTorch operators.

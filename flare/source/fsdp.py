@@ -2,8 +2,10 @@
 
 The source's states are projected with A, the weight of lora_A, before the blocks run. This module therefore gathers A:
 
-    forward     full_parameter(A (r, d), sharded over the ranks)  ->  A (r, d), a plain tensor
-    backward    the mean of all ranks' dA, sharded
+    forward     full_parameter(A (r, d), sharded over the processes)  ->  A (r, d), a plain tensor
+    backward    the mean of all processes' dA, sharded
+
+Shapes: rank r of the adapter, hidden states of width d.
 
 FSDP2 accumulates each block's gradients on a separate CUDA stream and waits for that stream at the end of the backward
 pass. The source's contribution to dA is complete only after the backward of all blocks, so it is added after this wait.
@@ -57,8 +59,8 @@ def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:
     """Make FSDP2 reshard the modules along the paths below ``model``.
 
     With ``reshard_after_forward=False`` an earlier forward pass leaves unsharded weights. The source's contribution to
-    the gradient of these weights would then be added after FSDP2 has reduced this gradient over the ranks. Modules that
-    are on none of the paths do not change.
+    the gradient of these weights would then be added after FSDP2 has averaged this gradient over the processes. Modules
+    that are on none of the paths do not change.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -86,7 +88,7 @@ def check_gatherable(parameter: Tensor, dims: int = 2) -> None:
 
 
 def full_parameter(parameter: Tensor, dims: int = 2) -> Tensor:
-    """Return a parameter as a plain tensor, gathered from all ranks if FSDP2 has sharded it.
+    """Return a parameter as a plain tensor, gathered from all processes if FSDP2 has sharded it.
 
     Args:
         parameter: an adapter's weight or bias.
@@ -116,7 +118,7 @@ class _Gather(torch.autograd.Function):
 
         def add() -> None:
             mesh = parameter.device_mesh
-            mean = [Partial("avg")] * mesh.ndim  # FSDP2 averages over ranks
+            mean = [Partial("avg")] * mesh.ndim  # FSDP2 averages over the processes
             share = DTensor.from_local(grad, mesh, mean, run_check=False).redistribute(mesh, parameter.placements)
             parameter.grad = share if parameter.grad is None else parameter.grad + share
 

@@ -7,11 +7,13 @@ No modeling code is copied or patched:
    is stored on the KV cache (flare.generation.decoding), or appends the source's rows to the target's batch
    (flare.generation.shared_pass).
 2. Before the module whose forward loops over the blocks: add the context to the keyword arguments of the blocks.
-3. Before each block, and after the last one: record the hidden state if a source pass is running.
-4. Before a self-attention module, which a checkpoint's recompute calls again: put the context into the thread's slot.
-   After the module: clear the slot. Blocks that do not pass keyword arguments on do steps 2 and 4 themselves
-   (flare.source.carrier).
-5. After the model: check that the source reached every fusing layer.
+3. Before each block, and after the last one: record the hidden state if a source pass is running. In a decoding step
+   whose batch also has the source's rows, compute S from these rows before each block.
+4. Before a self-attention module, which a checkpoint's recompute calls again: put the context into the thread's slot
+   (flare.source.context.Slot). After the module: remove the context from the slot. Blocks that do not pass keyword
+   arguments on do steps 2 and 4 themselves (flare.source.carrier).
+5. After the model: check that the source reached every fusing layer, clear the slot, and remove the source's rows from
+   the output if a decoding step appended them to the target's batch.
 
 The hook functions read everything from the module that they are called with, never from a closure. A deep copy of the
 model, or an unpickled model, therefore passes a source to its own layers.
@@ -59,7 +61,10 @@ PREDICTING_WARNING = (
 
 
 def attach(model: nn.Module, runtime: Runtime) -> None:
-    """Install the hooks that ``runtime.layers`` need and that are missing, and assign a site to every adapter layer."""
+    """Install the missing hooks that ``runtime.layers`` need, and assign a site to every adapter layer.
+
+    A site is a group of layers with the same input (flare.tuner.site).
+    """
     if _RUNTIME not in model.__dict__:
         model.__dict__[_RUNTIME] = runtime
         runtime.handles += [
@@ -201,7 +206,7 @@ def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]
 
 
 def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
-    """Raise ValueError for a source with a filled KV cache, because positions would fuse with the wrong positions."""
+    """Raise ValueError for a source with a filled KV cache: new positions would fuse with wrong source positions."""
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
             f"past_key_values holds earlier positions and {', '.join(sorted(source))} was given: new positions would "

@@ -1,6 +1,6 @@
 """The source of one forward pass: check the source arguments, and read the source's hidden states.
 
-Shapes: B rows, m positions of a text, u positions of a decoder's input.
+Shapes: B rows, n choices of a row (multiple choice), m positions of a text, u positions of a decoder's input.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ..
 
 
 def decoder_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """Return (B, u) of the target's decoder input. If the call has none, the model derives it from its input_ids."""
+    """Return (B, u) of the target's decoder input or labels.
+
+    If the call has neither, return :func:`target_shape`, because the model derives the decoder input from input_ids.
+    """
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.dim() > 1:
@@ -89,7 +92,8 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
     """Return the keyword arguments of the source pass, checked against the target's shape (B, m).
 
     Raises:
-        TypeError, ValueError: ids, a mask or token types do not match; the message names the argument.
+        TypeError, ValueError: ids are missing, or ids, a mask or token types do not match; the message names the
+            argument.
     """
     ids, mask = source.get("source_input_ids"), source.get("source_attention_mask")
     if ids is None:
@@ -132,8 +136,8 @@ def _parameters_of(function: Any) -> frozenset[str]:
 def without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the backbone's inputs without the last columns that are padding in every row.
 
-    Tokens never attend to padding. The inputs are returned unchanged if the mask is on a GPU, because finding the last
-    token would wait for the GPU.
+    Tokens never attend to padding. The inputs are returned unchanged if they have no mask, or if the mask is on a GPU,
+    where finding the last token would wait for the GPU.
     """
     if "attention_mask" not in inputs or inputs["attention_mask"].device.type != "cpu":
         return inputs
@@ -173,10 +177,18 @@ def decoder_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, 
 
 
 def check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] | None, offset: int, width: int) -> None:
-    """Check the user's ``source_states`` against the target's shape (B, m), the adapter's offset and the model's width.
+    """Check the user's ``source_states``.
+
+    Args:
+        states: the value of ``source_states``.
+        source: all source arguments of the call.
+        target: (B, m) of the target text; None if it is not known.
+        offset: the adapters' source_layer_offset.
+        width: width of the model's hidden states.
 
     Raises:
-        TypeError, ValueError: the states have another type or size, or another source argument was given too.
+        TypeError, ValueError: the states have another type, shape, width or source_layer_offset, or another source
+            argument was given too.
     """
     if not isinstance(states, SourceStates):
         raise TypeError(f"source_states must be a flare.SourceStates (from encode_source), got {type(states).__name__}")
@@ -345,8 +357,8 @@ def _is_traceable(
 ) -> bool:
     """Return whether torch.compile can trace the source pass.
 
-    It cannot with a cache, with FLARE MT, with a fusion that mixes positions, if padding is removed from the states
-    (source_padding="zero"), or if the states do not stay on the device (source_memory).
+    It cannot with a cache, with FLARE MT, with a fusion that mixes positions, with source_padding="zero", or if the
+    states do not stay on the device (source_memory).
     """
     return (
         source_cache is None

@@ -138,7 +138,8 @@ def _check_latent(
     """Return source_states (B, m, latent_dim) and source_attention_mask (B, m) or None.
 
     Raises:
-        TypeError, ValueError: one of them does not match the target's shape or latent_dim, or text was passed.
+        TypeError, ValueError: source_states is missing, one of the two does not match the target's shape or latent_dim,
+            or source text was passed.
     """
     text = [name for name in _TEXT if name in source]
     if text:

@@ -62,7 +62,7 @@ class Keep:
         return [self.states[key] for key in sorted(self.states)]
 
     def replayer(self) -> Replayer:
-        """Return the function that passes every state to a visitor in backward. The function holds no state."""
+        """Return the function that passes every state to a visitor in backward. It does not keep the states alive."""
         keys = sorted(self.states)
 
         def replay(saved: Sequence[Tensor], visit: RowVisitor) -> None:
@@ -200,7 +200,12 @@ _REENTRANT = "reentrant checkpointing passes no gradient to S; use_reentrant=Fal
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """A value of ``source_memory``, and a warning if it differs from the config's value ("" if there is no warning)."""
+    """How the states of one source pass are kept.
+
+    Attributes:
+        mode: "keep", "offload" or "recompute".
+        reason: the warning to give, with the reason for the mode; "" if there is nothing to warn about.
+    """
 
     mode: str
     reason: str = ""

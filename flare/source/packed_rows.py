@@ -33,8 +33,8 @@ def refuse_packed_rows(
     FLARE MT is exempt, because it runs no source pass: it fuses the given states position by position.
 
     Raises:
-        ValueError: the call has boundaries of packed texts, position_ids that restart within a row, or an attention
-            mask that is neither (B, m) nor, for multiple choice, (B, n, m) like input_ids.
+        ValueError: the call has boundaries of packed texts, position_ids that do not increase by one within a row, or
+            an attention mask that is neither (B, m) nor, for multiple choice, (B, n, m) like input_ids.
     """
     mask = kwargs.get("attention_mask")
     if len(args) < 2 and CHECKED_ARGUMENTS.isdisjoint(kwargs) and (mask is None or getattr(mask, "ndim", 0) == 2):

@@ -1,12 +1,14 @@
 """Project source states as soon as they are computed, in one autograd node for the whole source pass.
 
-A group is a set of layers that read the same state through the same adapter (StateGroup).
+A group is a set of layers with the same input that read one state through one adapter (StateGroup).
 
-SourcePass.apply(reader, groups, A_1 ... A_n)  ->  S_1 ... S_k        S_j (B, m, sum of the ranks of group j)
+SourcePass.apply(reader, ..., groups, ..., A_1 ... A_n)  ->  S_1 ... S_k        S_j (B, m, sum of the ranks of group j)
 
 forward    S = x_S A^T of each state x_S (B, m, d), while it is still in the device's cache. x_S need not be stored.
 backward   dA = dS^T x_S. The node's memory (flare.source.memory) yields each x_S again: it was kept on the device, is
            copied from the host, or is computed a second time.
+
+Shapes: B rows of a batch, m positions, hidden states of width d, rank r.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from .states import StateKey
 class SourcePass(torch.autograd.Function):
     """Compute S of every group, and in backward the source's share of every dA. See the module's docstring.
 
-    ``memory`` stores the states' rows and yields them again in backward; it is None if no A requires a gradient. The
+    ``memory`` stores the states' rows and yields them again in backward; it is None if no A needs a gradient. The
     forward pass fills ``sizes`` (path of a stack of blocks -> size (B, m) of its states) and ``stacked`` (layers of a
     group -> their stacked A).
     """

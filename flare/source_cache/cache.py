@@ -32,7 +32,7 @@ _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"
 
 @dataclass
 class _Bound:
-    """A model that the cache is bound to, with facts about it.
+    """Facts about a model that the cache is bound to.
 
     Attributes:
         watch: detects changes of the model.
@@ -72,10 +72,11 @@ class _Bound:
 class SourceStateCache(Store):
     """Cache of source states that is kept over epochs. Each row is stored on the device, in host memory or on disk.
 
-    A row is looked up by its content: token ids, mask, token types, the required states (and so the source layer
-    offset), the dtype of the states, and the base model. The cache fills until the budget is spent. No row is evicted,
-    so a second epoch finds every row that the first one stored. Rows of a batch that are not in the cache are computed
-    in one source pass of those rows alone.
+    A row is looked up by its content: the inputs of the frozen model (token ids, mask, token types; with
+    source_padding="keep" also the padding), the required states (and so the source layer offset), the dtype of the
+    states, and the base model. The cache fills until the budget is spent. No row is evicted, so a second epoch finds
+    every row that the first one stored. Rows of a batch that are not in the cache are computed in one source pass of
+    those rows alone.
 
     A stored row is returned bit for bit as it was computed. A row that is computed in a smaller batch may differ by
     rounding from the same row in the whole batch, because the kernels' reductions may depend on the number of rows.
@@ -87,8 +88,8 @@ class SourceStateCache(Store):
         budget: total bytes of all tiers, or {tier: bytes}. If one number covers several tiers, "device" and "host" each
             take at most half of the free memory of the device or of the host.
         tiers: the tiers to use, fastest first: "device", "host" (pinned if there is a GPU), "disk" (only with a
-            directory). "auto" measures the time to read and to compute a row in the first two source passes, and uses
-            the tiers from which reading is faster than computing.
+            directory). "auto" measures, in the first two source passes, the time to compute a row. It then uses the
+            tiers from which reading a row is faster.
         directory: folder of the disk tier's files, created if missing. Several processes may share it. Foreign or
             damaged files in it are reported, not used and not changed.
 
@@ -156,14 +157,14 @@ class SourceStateCache(Store):
             model: the transformers model.
             inputs: keyword arguments of its backbone for the whole batch.
             keys: the states to read.
-            prepare: casts a state to autocast's dtype (if any), and sets its padding to zero if it has masks, before
-                the state is stored.
-            masks: stack -> attention mask (B, m) under source_padding="zero"; otherwise empty.
+            prepare: casts a state to autocast's dtype (if any), and sets the state's padding to zero (if ``prepare``
+                has masks), before the state is stored.
+            masks: stack -> attention mask (B, m), for a decoder (B, u), under source_padding="zero"; otherwise empty.
             decoders: the stacks that read ``decoder_input_ids``.
             zero_pads: True if padding is neither read nor stored. Default: True if ``masks`` is not empty.
             host: CPU copies of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``decoder_input_ids`` and
-                ``decoder_attention_mask``, if the caller has them. The host waits for a copy of each column that is not
-                given here.
+                ``decoder_attention_mask``, if the caller has them. Each column that is not given here is copied
+                from the device, and the call waits for the copy.
         """
         masks = masks or {}
         zero_pads = bool(masks) if zero_pads is None else zero_pads

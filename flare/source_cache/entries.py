@@ -26,7 +26,7 @@ class Entry:
         data: the bytes of the states, a one-dimensional uint8 tensor.
         dtype: dtype of the states.
         width: size of the states' last dimension.
-        ready: a CUDA event after which the bytes are complete; None if they are complete.
+        ready: a CUDA event after which the bytes are complete; None if they are complete already.
     """
 
     data: Tensor

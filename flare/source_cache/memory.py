@@ -20,8 +20,8 @@ from .entries import Entry, aligned
 
 #: Bytes of a slab.
 _SLAB = 64 << 20
-#: Number of rows that a pinned slab has room for if a row is larger than _SLAB. With fewer rows, a larger part of the
-#: slab would be wasted.
+#: If a row is larger than _SLAB, a pinned slab has room for at least this many rows, if the budget allows it. With
+#: fewer rows, a larger part of the slab would be wasted.
 _ROWS_OF_A_PINNED_SLAB = 4
 #: Share of the device's (or host's) memory that a tier with a shared budget leaves free.
 _LEFT_FREE = 1 / 16
@@ -144,7 +144,9 @@ def _machine_bytes() -> int:
 
 
 def _group_bytes(root: Path, group_file: Path) -> list[int]:
-    """Return the free bytes of each control group (version 2) of the process; reclaimable file pages count as free.
+    """Return the free bytes of each control group (version 2) that limits the process's memory.
+
+    Inactive file pages count as free, because the kernel can reclaim them.
 
     Args:
         root: mount point of the control groups.

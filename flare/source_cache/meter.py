@@ -40,7 +40,7 @@ class CacheStats:
         return self.hits / self.rows if self.rows else 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Return the statistics as a JSON-serialisable dictionary, in which "bytes" is the sum over all tiers."""
+        """Return the statistics for a JSON file, without ``entries``. "bytes" is the sum over all tiers."""
         saved = None if self.seconds_saved is None else round(self.seconds_saved, 3) + 0.0  # no -0.0
         return {
             "bytes": sum(self.nbytes.values()),

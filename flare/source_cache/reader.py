@@ -142,7 +142,7 @@ class _CopyStream:
     Buffers are allocated on this stream, so a copy never waits until the computing stream has finished with older
     memory. A buffer is freed only when the device has finished the computations that read it (``record_stream``). If
     the host queued many reads before the device ran them, their buffers would fill the memory. The host therefore
-    waits when it is two reads ahead of the device.
+    waits when it is more than two reads ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -42,7 +42,7 @@ class RowWriter:
         self.devices: set[torch.device] = set()  # devices that computed states
 
     def write(self, key: StateKey, hidden: Tensor) -> None:
-        """Copy one state (B', m, d) of the B' computed rows: the positions of each row that are stored."""
+        """Copy the stored positions of every row from one state (B', m, d) of the B' computed rows."""
         index_of = {row.key: index for index, row in enumerate(self.rows)}
         self.devices.add(hidden.device)
         with torch.inference_mode(False), torch.no_grad():  # training cannot save inference tensors for backward

@@ -5,8 +5,8 @@ written to a temporary ("unfinished") file, synced to disk and renamed.
 
 A shard is an ordinary safetensors file. Its metadata contain the format, the fingerprint of the base model and, for
 each entry, the dtype, the width, the number of bytes, and a digest of the key, of these values and of the bytes. Every
-process writes its own shards and reads the shards of all processes. A published file is never changed or removed. An
-unfinished file is removed only if the process that wrote it has ended.
+process writes its own shards and reads the shards of all processes. A published file is never changed or removed. A
+process removes its own unfinished file if writing fails, and the unfinished files of processes that have ended.
 
 Opening a shard checks the header against the file's size (``safetensors.safe_open``). Every read checks the file's
 size and the entry's digest. Two operations do not use the safetensors package:
@@ -59,7 +59,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """Location of an entry in a shard (in bytes from the file's start), and its dtype, width and digest."""
+    """An entry in a shard: start (in bytes from the file's start), size in bytes, dtype, width and digest."""
 
     start: int
     nbytes: int
@@ -132,7 +132,8 @@ class DiskTier:
 
     Args:
         directory: folder of the shards.
-        budget: bytes of all shards of this base model in the directory, including the shards of other processes.
+        budget: largest total size in bytes of this base model's shards in the directory, including the shards of other
+            processes.
         warn_once: warns the user, once per message.
     """
 
@@ -222,7 +223,8 @@ class DiskTier:
     def reserve(self, nbytes: int, device: torch.device, left: int) -> Tensor | None:
         """Reserve host memory in which an entry waits to be written.
 
-        Return a one-dimensional uint8 tensor, or None if the budget is spent or no memory can be allocated.
+        Return a one-dimensional uint8 tensor, or None if the budget is spent, writing has failed before, or no memory
+        can be allocated.
         """
         size = aligned(nbytes) + HEADER
         if self.full is not None or size > min(left, self.budget - self.used):

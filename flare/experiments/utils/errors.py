@@ -37,7 +37,8 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
 
     Raises:
         UserError: the library raised an exception. The message contains the exception's class and text, except for two
-            known causes (code in the model's folder, weights of other shapes), which the message explains.
+            known causes, which it explains instead: code in the model's folder, and weights whose shapes differ from
+            the model's config.
     """
     try:
         yield

@@ -13,7 +13,7 @@ def parsed(text: str | bytes, object_of: Callable[[list[tuple[str, Any]]], Any] 
 
     Args:
         text: JSON, as text or as UTF-8 bytes.
-        object_of: function that makes the value of a JSON object from its (key, value) pairs. None: it becomes a dict.
+        object_of: function that returns the value of a JSON object from its (key, value) pairs. Default: a dict.
 
     Raises:
         ValueError: the text is not JSON in UTF-8, or it is nested too deeply.

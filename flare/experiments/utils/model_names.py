@@ -20,8 +20,8 @@ def find_model(name: str, option: str) -> str:
         option: the option that the name was given with, such as "--model", for the message.
 
     Raises:
-        UserError: the name is empty or a file, or there is neither such a folder nor such a model; the message says
-            where it was searched.
+        UserError: the name is empty, is not valid text or is the path of a file, or no folder and no model has this
+            name. The message says where the name was searched.
     """
     checked_text(name, option)
     try:

@@ -18,7 +18,7 @@ class LineCounter:
         total: number of units.
         name: start of every line.
         unit: name of a unit, in the singular.
-        initial: number of units that were done before.
+        initial: number of units that were done before the counter starts.
     """
 
     def __init__(self, total: int, name: str, unit: str, initial: int = 0) -> None:
@@ -50,10 +50,10 @@ def counter(name: str | None, total: int, unit: str, initial: int = 0) -> Any:
     """Return a counter with ``update(n)`` and ``close()``, which is also a context manager.
 
     Args:
-        name: label of the bar; None: no progress is shown.
+        name: label of the bar or of the lines; None: no progress is shown.
         total: number of units.
         unit: name of a unit, in the singular.
-        initial: number of units that were done before.
+        initial: number of units that were done before the counter starts.
     """
     if name is not None and not on_terminal():
         return LineCounter(total, name, unit, initial)
