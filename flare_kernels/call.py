@@ -33,8 +33,8 @@ class ProjectionGroup(NamedTuple):
 
     Attributes:
         fusion: the projections' phi; None for plain LoRA.
-        launch_fusion: the fusion that is passed to the kernels. It is None for "add" too, which is linear: the kernels
-            get the sum H = S + T and treat it as T of plain LoRA.
+        launch_fusion: the fusion that is passed to the kernels; None for plain LoRA and for "add". For "add", the
+            kernels get the sum H = S + T and treat it as T of plain LoRA.
         members: the projections' indices in stacking order.
         columns: the projections' columns of T.
         scalings: alpha / r of each projection.
@@ -51,11 +51,11 @@ class Call:
     """The constants of the autograd node, reused by all calls with the same adapters.
 
     Args:
-        ops: the primitives.
+        ops: the module or object whose functions (primitives) compute the node's operations, such as shrink.
         dtype: compute dtype.
         adapters: (output index, rank, scaling, fusion) of each adapter, in stacking order.
         outputs: number of outputs, adapted or not.
-        p: probability of dropping an entry of the streams.
+        p: probability of dropping an entry of x and x_source.
 
     Attributes:
         rank: R, the number of columns of T.
