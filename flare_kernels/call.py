@@ -1,6 +1,7 @@
 """The constants of the autograd node (:mod:`flare_kernels.node`), computed once and read in every step.
 
-No code of this module runs in a training step after the first.
+After the first training step, no code of this module runs as long as the adapters and the flags in :class:`Needs` stay
+the same.
 
 T (M, R) holds the bottlenecks x A^T of all adapters side by side, in *stacking order*: adapters that fuse with a source
 come first. phi is the fusion of an adapter.

@@ -3,7 +3,8 @@
 A step is one operation of the adapter, such as the down-projection ("shrink"). A form is one implementation of a step.
 ``FORMS`` in ``triton_ops/config.py`` lists the forms of each step. A call takes the form that the launch mode forces,
 otherwise the form in the launch table (the tuned launches of one GPU model), otherwise the step's first form (the
-general rule). A form that the call cannot take is skipped.
+general rule). A form that the call's arguments exclude is skipped, and so is a form of the table that the GPU cannot
+run.
 """
 
 from __future__ import annotations
