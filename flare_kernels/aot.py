@@ -1,12 +1,14 @@
 """Compile the kernels ahead of time and report registers, spills and shared memory.
 
-``python -m flare_kernels.aot`` compiles the kernels in bfloat16 for sm_80, sm_89, sm_90 and sm_100, with every
-configuration that the general rule (``triton_ops/config.py``) can choose, and a few cases of other dtypes and options.
-``--all`` compiles every combination of target, dtype, rank, fusion, alignment and dropout (:func:`all_cases`). The
+``python -m flare_kernels.aot`` compiles the kernels in bfloat16 for sm_80, sm_89, sm_90 and sm_100 and for the ranks
+16, 32, 64 and 128, and a few cases of other ranks, dtypes and options (:func:`ci_cases`). The configurations are those
+of the general rule (``triton_ops/config.py``), which applies to launches without an entry in a tuned launch table.
+``--all`` also compiles the combinations of target, dtype, rank, fusion, alignment and dropout in :func:`all_cases`. The
 primitives (``triton_ops/primitives.py``) run on CPU tensors under :func:`flare_kernels.launch_mode.recording`, which
 collects their launches. Each collected launch is compiled with the arguments, the configuration and the specialisation
 that it would have on a GPU. The exit status is 1 if
 
+* a kernel does not compile,
 * a launch with aligned 2-byte operands and a rank up to 128 spills registers, or
 * a kernel needs more shared memory than a block may use on its target.
 
@@ -56,14 +58,14 @@ class Case:
     dtype: str = "bfloat16"
     rank: int = 64
     fusion: str | None = "mul_relu"
-    #: whether rows are multiples of 16 bytes, as in every model; if not, the sizes are odd
+    #: whether rows have a multiple of 16 bytes, as in every model; if not, M, K and N are odd
     aligned: bool = True
     dropout: bool = False
     #: projections in one launch (2: query and value)
     projections: int = 1
     #: dtype of A and B ("float32" is PEFT's default); None: ``dtype``
     adapter_dtype: str | None = None
-    #: dtype of x and G ("float32" under autocast); None: ``dtype``
+    #: dtype of x and of G = dL/dy ("float32" under autocast); None: ``dtype``
     input_dtype: str | None = None
     #: the form to take in every step that has a form of this name (``FORMS`` in ``triton_ops/config.py``); "tma" needs
     #: sm_90 or newer. None: the general rule's choice
@@ -110,7 +112,7 @@ class Report:
 
     @property
     def violation(self) -> str:
-        """The compiler's error, or the bytes that exceed a limit; empty if there is no violation."""
+        """The compiler's error, or the bytes used if a limit is exceeded; empty if there is no violation."""
         if self.error:
             return self.error
         available = SHARED_BYTES[self.case.capability]
@@ -122,7 +124,7 @@ class Report:
 
 
 def record(case: Case, *, rows: int = 16384) -> list[Any]:
-    """Return the launches of the primitives in this case, forward and backward."""
+    """Return the launches of the primitives, forward and backward, in this case and for about ``rows`` tokens."""
     from .launch_mode import forcing, recording
     from .triton_ops import primitives as triton_ops
 
@@ -167,7 +169,8 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
         common["fusion"] = None if add else case.fusion
         triton_ops.expand_(ys, T, S, Bs, **common)
         if not case.dropout:
-            # the order adapter_first (flare_kernels/order.py); biases have the dtype of the base model
+            # With ``biases``, the adapter writes y before the frozen product (adapter_first in flare_kernels/order.py).
+            # Biases have the dtype of the base model.
             for biases in ([None] * count, [empty(n) for n in widths]):
                 triton_ops.expand_(ys, T, S, Bs, biases=biases, **common)
         triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=adapter_dtype, **common)
@@ -253,13 +256,18 @@ def ci_cases() -> Iterator[Case]:
         yield Case(capability, rank=rank, form="tma")
     for capability, rank in itertools.product((80, 89, 90, 100), (16, 64, 128)):
         yield Case(capability, rank=rank, form="last_adds")
-    # Triton specialises grad_bottleneck on group_chunks == 1, the general rule's value; rows_first passes other values
+    # Triton compiles a separate kernel for group_chunks == 1, which the general rule passes to grad_bottleneck. The
+    # form rows_first passes other values.
     yield from (Case(90, rank=rank, form="rows_first") for rank in (64, 128))
     yield Case(90, projections=2, adapter_dtype="float32")
 
 
 def all_cases() -> Iterator[Case]:
-    """Yield the cases of :func:`ci_cases`, and every combination of target, dtype, rank, fusion and options."""
+    """Yield the cases of :func:`ci_cases`, and combinations of target, dtype, rank, fusion, alignment and dropout.
+
+    All combinations are yielded for the ranks 8, 16, 64, 128 and 256. Rank 32 has one fusion and no dropout. The cases
+    with bfloat16 products but float32 A and B (and x) have aligned rows, one fusion and all ranks.
+    """
     yield from ci_cases()
     fusions = (None, *FUSIONS)
     for capability, dtype, rank, fusion, aligned, dropout in itertools.product(
@@ -333,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line: compile, print a row per launch, and return the exit status.
 
     Returns:
-        0, 1 if there is a violation, or 2 if Triton is not installed or interprets the kernels.
+        0 without a violation, 1 with a violation, 2 if Triton is not installed or interprets the kernels.
     """
     parser = argparse.ArgumentParser(prog="python -m flare_kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument(

@@ -1,6 +1,7 @@
 """The constants of the autograd node (:mod:`flare_kernels.node`), computed once and read in every step.
 
-No code of this module runs in a training step after the first.
+After the first training step, no code of this module runs as long as the adapters and the flags in :class:`Needs` stay
+the same.
 
 T (M, R) holds the bottlenecks x A^T of all adapters side by side, in *stacking order*: adapters that fuse with a source
 come first. phi is the fusion of an adapter.
@@ -33,8 +34,8 @@ class ProjectionGroup(NamedTuple):
 
     Attributes:
         fusion: the projections' phi; None for plain LoRA.
-        launch_fusion: the fusion that is passed to the kernels. It is None for "add" too, which is linear: the kernels
-            get the sum H = S + T and treat it as T of plain LoRA.
+        launch_fusion: the fusion that is passed to the kernels; None for plain LoRA and for "add". For "add", the
+            kernels get the sum H = S + T and treat it as T of plain LoRA.
         members: the projections' indices in stacking order.
         columns: the projections' columns of T.
         scalings: alpha / r of each projection.
@@ -51,11 +52,11 @@ class Call:
     """The constants of the autograd node, reused by all calls with the same adapters.
 
     Args:
-        ops: the primitives.
+        ops: the module or object whose functions (primitives) compute the node's operations, such as shrink.
         dtype: compute dtype.
         adapters: (output index, rank, scaling, fusion) of each adapter, in stacking order.
         outputs: number of outputs, adapted or not.
-        p: probability of dropping an entry of the streams.
+        p: probability of dropping an entry of x and x_source.
 
     Attributes:
         rank: R, the number of columns of T.

@@ -47,8 +47,8 @@ def keep_scale(p: float) -> float:
 def draw_seed(device: torch.device | str) -> Tensor:
     """Return a seed as an int64 scalar tensor on the device, from the device's default generator.
 
-    Gradient checkpointing restores that generator before it recomputes, so the masks are the same. The host does not
-    wait for the device, and each replay of a CUDA graph draws a new seed.
+    Gradient checkpointing restores that generator before it recomputes a forward pass, so the recompute uses the same
+    masks as the first pass. The host does not wait for the device, and each replay of a CUDA graph draws a new seed.
     """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 

@@ -1,8 +1,10 @@
 """Choice of the form of a step, without importing Triton.
 
 A step is one operation of the adapter, such as the down-projection ("shrink"). A form is one implementation of a step.
-``FORMS`` in ``triton_ops/config.py`` lists the forms of each step. The form of a call is the form that the launch mode
-forces, otherwise the form in the launch table, otherwise the step's first form (the general rule).
+``FORMS`` in ``triton_ops/config.py`` lists the forms of each step. A call takes the form that the launch mode forces,
+otherwise the form in the launch table (the tuned launches of one GPU model), otherwise the step's first form (the
+general rule). A form that the call's arguments exclude is skipped, and so is a form of the table that the GPU cannot
+run.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def class_of(
         wide: operands whose rows are as wide as an input or output of the layer (x, y, G = dL/dy, A).
         thin: operands whose rows are as wide as the rank (T, S, B).
     """
-    # rows of a few elements cannot be aligned, and alignment does not matter for them
+    # rows of up to 16 elements may be too short for aligned accesses, and their alignment does not matter
     aligned = is_aligned(*wide) and (rank <= 16 or is_aligned(*thin))
     widest = max(x.element_size() for x in (*wide, *thin) if x is not None)
     return operand_class(compute_dtype.itemsize, widest, aligned)

@@ -1,7 +1,7 @@
 """Store finds and stores the rows of a cache in its tiers, within their budgets, and keeps statistics.
 
-A row is one text of a batch, and an entry holds the states of a row as bytes. The tiers are the device, host memory and
-a folder on disk.
+A row is one source text of a batch, and an entry holds the states of a row as bytes. The tiers are the device, host
+memory and a folder on disk.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Store:
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
         self._warned: set[str] = set()
-        #: Hash of a row's tokens -> the padded widths with which the row was first computed.
+        #: Hash of a row's tokens -> the padded width of each state when the row was first computed.
         self.contents: dict[str, tuple[int, ...]] = {}
         self._row_seconds: list[float] = []  # seconds to compute a row, for tiers="auto"
         self.trial_rows: list[tuple[str, Entry]] = []  # rows computed before tiers="auto" has decided

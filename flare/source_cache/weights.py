@@ -1,7 +1,8 @@
 """Collect the frozen weights that the source pass reads, and the places in the modules where they are stored.
 
-PEFT's wrappers are skipped. A base model therefore gives the same list of weights with other adapters, with another
-head, and with trained copies of its modules (modules_to_save), which the source pass does not use.
+PEFT's wrappers and the model's head are skipped. A base model therefore gives the same list of weights with other
+adapters, with another head, and with trained copies of its modules (modules_to_save), which the source pass does not
+use.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _TRAIT_TYPES = (bool, int, float, str, type(None))
 #: Kinds of rotary embeddings that recompute their buffers for each length.
 _UPDATES_ITSELF = ("dynamic", "longrope")
 
-#: Attributes of a parameter or its module in which libraries store the scales of quantised weights.
+#: Attributes of a parameter, or of its module's ``state``, in which libraries store the scales of quantised weights.
 _SCALES = ("SCB",)
 
 
@@ -32,7 +33,8 @@ class FrozenWeights:
     Attributes:
         tensors: (name, tensor) in the order of the modules.
         places: (dictionary, key) of every tensor, and of every module and object on the path to a tensor.
-        dictionaries: the modules' non-empty dictionaries. An added parameter, buffer or module changes their length.
+        dictionaries: the non-empty dictionaries in which the modules hold their parameters, buffers and children. A new
+            parameter, buffer or child changes the length of its dictionary.
         wrappers: PEFT's adapter layers on the paths to the tensors.
         derived: (name, buffer) of the buffers that the model's code computes and does not save, such as rotary
             frequencies.
@@ -144,7 +146,7 @@ class FrozenWeights:
 
 
 def _is_trait(name: str, value: object) -> bool:
-    """Return whether a module's attribute is a plain value that its forward may read in a frozen pass."""
+    """Return whether a module's attribute is a plain value that its forward may read in the source pass."""
     is_excluded = name.startswith("_") or name in ("training", "gradient_checkpointing") or "drop" in name
     return not is_excluded and isinstance(value, _TRAIT_TYPES)
 

@@ -114,16 +114,17 @@ def without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     masks = {name: inputs[name] for name in MASKS if isinstance(inputs.get(name), Tensor) and inputs[name].dim() == 2}
     if "position_ids" in inputs:
-        masks.pop("attention_mask", None)  # stays: without it, transformers checks position_ids for packed texts
+        masks.pop("attention_mask", None)  # not dropped: without it, transformers checks position_ids for packed texts
     full = torch.stack([mask.bool().all() for mask in masks.values()]).tolist() if masks else []
     dropped = {name for name, is_full in zip(masks, full, strict=True) if is_full}
     return {name: value for name, value in inputs.items() if name not in dropped}
 
 
 class ModelState:
-    """State of a model that a captured step depends on: tensor addresses, trained parameters, modes, adapters, hooks.
+    """State of a model that a captured step depends on.
 
-    The lists of modules and tensors are built once, so :meth:`changed` takes a fraction of a millisecond.
+    The state is: the addresses of its tensors, ``requires_grad`` and training flags, the adapters and their scalings,
+    and hooks. The lists of modules and tensors are built once, so :meth:`changed` takes a fraction of a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:

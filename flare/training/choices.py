@@ -53,7 +53,7 @@ def split_choices(rows: Sequence[Mapping[str, Any]], n: int) -> list[dict[str, A
 def batch_of_choices(
     rows: Sequence[Mapping[str, Any]], n: int, collate: Callable[[list[dict[str, Any]]], BatchEncoding]
 ) -> BatchEncoding:
-    """Return a batch of (B, n, m) tensors, and ``labels`` (B).
+    """Return a batch of (B, n, m) tensors and, if the rows have labels, ``labels`` (B).
 
     Args:
         rows: ``input_ids``, ``source_input_ids``, their masks and token types are lists of n texts; ``labels`` is the

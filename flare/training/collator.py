@@ -64,17 +64,17 @@ class FlareDataCollator:
 
     **Input.** A row has ``input_ids`` and ``source_input_ids``. Its labels are ``labels``, or ``start_positions`` and
     ``end_positions``; a row may have none. Optional columns: ``attention_mask``, ``token_type_ids``,
-    ``source_attention_mask``, ``source_token_type_ids``, ``source_labels``, ``source_decoder_input_ids``, and, for the
-    baseline X-Mixup (flare.baselines.x_mixup), the source's answer span (``source_start_positions``,
-    ``source_end_positions``). A missing mask means all ones. In FLARE MT, the variant that reads the encoder states of
-    a translation model, rows have ``source_states`` (length, latent_dim) from flare.LatentEncoder in place of
-    ``source_input_ids``.
+    ``source_attention_mask``, ``source_token_type_ids``, ``source_labels``, ``decoder_input_ids``,
+    ``source_decoder_input_ids``, and, for the baseline X-Mixup (flare.baselines.x_mixup), the source's answer span
+    (``source_start_positions``, ``source_end_positions``). A missing mask means all ones. In FLARE MT, the variant that
+    reads the encoder states of a translation model, rows have ``source_states`` (length, latent_dim) from
+    flare.LatentEncoder in place of ``source_input_ids``.
 
     **Output.** A BatchEncoding of tensors: ``input_ids``, ``attention_mask``, ``source_input_ids`` and
-    ``source_attention_mask``, all (B, m) int64. ``labels`` are (B) with one number per row, (B, k) with a vector of k
-    numbers per row, (B, m) with one label per token or, for encoder-decoders, (B, u) together with ``source_labels``
-    (B, u). FLARE MT: ``source_states`` (B, m, latent_dim), float32, in place of ``source_input_ids``. Other numeric
-    columns are stacked, and columns of strings are dropped.
+    ``source_attention_mask``, and the token types if rows have them, all (B, m) int64. ``labels`` are (B) with one
+    number per row, (B, k) with a vector of k numbers per row, (B, m) with one label per token or, for encoder-decoders,
+    (B, u) together with ``source_labels`` (B, u). FLARE MT: ``source_states`` (B, m, latent_dim), float32, in place of
+    ``source_input_ids``. Other numeric columns are stacked, and columns of strings are dropped.
 
     **Multiple choice.** ``input_ids``, ``source_input_ids``, their masks and token types are lists of n texts, and
     ``labels`` is the index of the correct text. Tensors are (B, n, m), ``labels`` (B). Every choice has its own source
@@ -106,9 +106,10 @@ class FlareDataCollator:
             happen to be as long as its inputs.
         require_source: False accepts rows without ``source_input_ids`` and makes a batch without a source from them.
         label_pad_token_id: the value of padding in labels.
-        widths: three numbers of columns that every batch has at least, as far as max_length allows: before the aligned
-            index, from the aligned index on, and in the decoder's sequences. The aligned index is where answers start,
-            or where texts end if they are padded on the left. :meth:`fitted` computes the numbers.
+        widths: the smallest numbers of columns of a batch: before the aligned index, from the aligned index on, and in
+            the decoder's sequences. max_length takes precedence over the first two. The aligned index is where the
+            answers of causal rows start. For other rows it is the start of texts that are padded on the right, and the
+            end of texts that are padded on the left. :meth:`fitted` computes the numbers.
         vocab_size: a token id at or above this number raises an error. FlareTrainer sets it to the model's number of
             embeddings.
         model: for layout "seq2seq": the model that makes ``decoder_input_ids`` from the labels, as in

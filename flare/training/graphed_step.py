@@ -26,7 +26,7 @@ from .graph_recorder import Recorder, Recording, recorder_for
 _SOURCE_TEXT = ("source_input_ids", "source_attention_mask", "source_token_type_ids")
 #: Number of shapes that are remembered, captured or not.
 _MAX_SHAPES = 256
-#: Number of eager steps of a shape whose graph was dropped, before the shape is captured again.
+#: Number of eager steps of a shape whose graph was dropped because of max_graphs, before the shape is captured again.
 _STEPS_AFTER_DROP = 16
 #: Number of changes of the model without a replay in between, above which a warning is given.
 _MAX_CHANGES = 4
@@ -120,7 +120,7 @@ class GraphedStep:
             variant: anything else that the step's Python code depends on, such as the number of accumulated batches.
 
         Returns:
-            The loss, detached and copied.
+            The loss, detached. Later calls do not overwrite it.
 
         Raises:
             ValueError: the default step got a batch for which the model returns no loss.
@@ -199,7 +199,7 @@ class GraphedStep:
     # --- capturing ----------------------------------------------------------------------------------------------------
 
     def _capture(self, shape: _Shape, inputs: dict[str, Any]) -> bool:
-        """Capture a shape's step and return True. If that fails, restore everything, warn, and return False."""
+        """Capture a shape's step and return True. Otherwise restore gradients and random state, warn, return False."""
         assert self._recorder is not None
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         host_random = torch.get_rng_state(), random.getstate()
@@ -383,7 +383,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _static(value: Any, device: torch.device) -> Any:
-    """Return an uninitialised copy of an argument for the graph to read."""
+    """Return what the graph reads for an argument: uninitialised tensors of its shapes, or the constant itself."""
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device=device)
     if isinstance(value, SourceStates):

@@ -87,9 +87,10 @@ class _GradientAverage:
 
 
 def exclude_adapters_from_fsdp(model: nn.Module, plugin: Any) -> None:
-    """Let accelerate's FSDP2 shard only the frozen weights. Do nothing for FSDP1.
+    """Let accelerate's FSDP2 shard only the frozen weights.
 
-    If the user has set ``ignored_modules``, keep them. Replace modules that an earlier call of this function has set.
+    Do nothing for FSDP1, or if the user has set ``ignored_modules``. Replace ``ignored_modules`` that an earlier call
+    of this function has set.
 
     Args:
         model: a model with adapters, not prepared by accelerate yet.

@@ -50,7 +50,7 @@ class Text:
             self.keep(range(real[0], real[-1] + 1))
 
     def padded(self, name: str, fill: int, left: int, right: int) -> list[Any]:
-        """Return a column padded with ``fill`` to ``left`` entries before ``split`` and ``right`` entries after it."""
+        """Return a column padded with ``fill`` to ``left`` entries before ``split`` and ``right`` from it on."""
         column = self.columns[name]
         return [fill] * (left - self.split) + column + [fill] * (right - (len(column) - self.split))
 

@@ -197,7 +197,7 @@ class FlareTrainer(Trainer):
         )
 
     def _log_cache(self, logs: dict[str, float]) -> None:
-        """Add the cache's hit rate, size and saved seconds to the logs of training, not to those of an evaluation.
+        """Add the cache's hit rate, size and saved seconds to logs of training, but not to logs of an evaluation.
 
         The rate counts rows since the previous log. In the last log it counts all rows of the run.
         """

@@ -60,7 +60,7 @@ def check_combination(
 ) -> None:
     """Raise ValueError if adapters cannot be combined into one adapter by combining their A and B.
 
-    For adapters that fuse:
+    The adapters must have the same fusion, source_layer_offset and source_padding. For adapters that fuse:
 
     - A combination_type that mixes the r columns of S and T or factorises B A again (such as 'svd') is not accepted,
       because the fusion phi(S, T) acts on each column separately.

@@ -42,9 +42,9 @@ def masked_cross_attention(
 ) -> Tensor:
     """Return base_output plus the output (B, m, n) of an adapter with fusion='cross_attention' and a mask.
 
-    The source's queries attend to the target's tokens, but not to its padding or, if the mask is causal, to later
-    positions. Each position attends at least to the target's position of the same index, so that the output at padding
-    is finite.
+    The source's queries attend to the target's tokens, and not to the target's padding. If the mask is causal, they do
+    not attend to later positions either. Each position attends at least to the target's position of the same index, so
+    that the output at padding is finite.
 
     Args:
         x: (B, m, d), the target's hidden state.

@@ -45,7 +45,7 @@ class FlareLayer:
     """Mixin for a LoRA layer class of PEFT: the forward and the state of a converted layer.
 
     The mixin has no base class, so that Python allows changing the class of an existing layer to a class with the mixin
-    (FSDP2 also changes the classes of modules).
+    (FSDP2 changes the class of a module in the same way).
 
     Attributes:
         flare_fusion: adapter name -> the fusion in this layer; None if the adapter is plain LoRA here.

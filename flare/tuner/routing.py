@@ -159,7 +159,7 @@ def _fused_projections(model: nn.Module) -> dict[str, RowsOfQKV]:
 
 
 def _keywords_lost_reason(model: nn.Module, place: Place) -> str:
-    """Return which module between the stack's owner and the attention ignores unknown keyword arguments; "" if none."""
+    """Return why keyword arguments of the stack's owner do not reach the attention module; "" if they do."""
     inner = place.attention.removeprefix(place.block_path).strip(".").split(".")
     between = [".".join([place.block_path, *inner[:depth]]) for depth in range(len(inner))]
     for path in (place.owner, *between):

@@ -12,9 +12,9 @@ call checks that this state is unchanged. A site stores modules and never their 
 unnoticed: hot-swapping writes ``.data``, fused optimizers do not change ``_version``, and ``functional_call`` replaces
 parameters.
 
-A projection is computed separately (flare.tuner.layer) if it is hooked or patched, has several active adapters, or has
-a fusion that mixes positions (cross_attention, matmul). A projection that is called outside the model's forward is also
-computed separately, because adapters and weights may change before the next projection is called.
+A projection is computed separately (flare.tuner.layer) if, for example, it is hooked or patched, has several active
+adapters, or has a fusion that mixes positions (cross_attention, matmul). A projection that is called outside the
+model's forward is computed separately too, because adapters and weights may change before the next call.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Site:
     def __init__(self, path: str, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.path, self.parent, self.names = path, parent, names
         self.plan: _Plan | None = None
-        self.separate = len(names) == 1  # whether each projection is computed separately
+        self.separate = len(names) == 1  # True: this site computes no two projections together
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plan": None}
