@@ -149,7 +149,7 @@ _OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "programs"
 
 
 def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
-    """Raise ValueError if a launch of this step with these tiles would fail or compute wrong results."""
+    """Raise ValueError if a field is missing or unknown, or if the kernel cannot run correctly with a field's value."""
     expected = {f"BLOCK_{axis}" for axis in "MKNR"} | set(_OPTIONS)
     if set(tiles) != expected:
         raise ValueError(f"tiles of {kernel} have the fields {sorted(tiles)}, expected {sorted(expected)}")
