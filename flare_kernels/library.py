@@ -2,10 +2,9 @@
 
 Compiled code calls these operators instead of the in-place autograd function. ``flare_kernels::lora`` takes the frozen
 outputs and returns new tensors. The compiler frees the frozen outputs, and the kernels move as many bytes as if they
-wrote in place.
-``flare_kernels::lora_backward`` computes all gradients. Both operators are opaque to the compiler and have fake
-implementations, so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are separate
-operators of the graph and always run first (:mod:`flare_kernels.order` describes the other order).
+wrote in place. ``flare_kernels::lora_backward`` computes all gradients. Both operators are opaque to the compiler and
+have fake implementations, so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are
+separate operators of the graph and always run first (:mod:`flare_kernels.order` describes the other order).
 
 A result that is not computed is returned as an empty tensor, because an operator cannot return None.
 """
