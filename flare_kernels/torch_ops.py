@@ -1,8 +1,9 @@
 """The primitives (operations) of the adapter in plain PyTorch, on any device and in any dtype.
 
-They call BLAS functions that accumulate in place. They are the fallback if Triton cannot run, the only primitives that compute in float64, and the baseline that the
-kernels must beat. :mod:`flare_kernels.triton_ops.primitives` exports the same functions and ``decode``, so the autograd
-node in :mod:`flare_kernels.node` works with either module.
+Their BLAS calls accumulate in place where possible. These primitives are the fallback if Triton cannot run, the only
+primitives that compute in float64, and the baseline that the kernels must beat.
+:mod:`flare_kernels.triton_ops.primitives` exports the same functions and ``decode``, so the autograd node in
+:mod:`flare_kernels.node` works with either module.
 
 Shape legend: M tokens, K input width, N output width, R rank. Tensors are 2-D, except biases and seeds. A suffix such
 as ``_MK`` in a name gives the tensor's axes.

@@ -3,8 +3,8 @@
     dH_i = scaling_i G_i B_i        dT_i = dH_i * dphi/dT_i        dS_i = dH_i * dphi/dS_i
     dB_i = scaling_i G_i^T H_i
 
-H_i = phi(S_i, T_i) and G_i = dL/dy_i. Shapes: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R
-of T, S, dT and dS.
+H_i = phi(S_i, T_i) and G_i = dL/dy_i. Shapes: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1)
+R of T, S, dT and dS.
 
 There are two kinds of programs. A *row program* computes BLOCK_M rows of one dH_i in a loop over N_i. A *strip program*
 computes dB_i for BLOCK_N columns of one G_i in a loop over a chunk (consecutive rows). Both kinds loop in steps of

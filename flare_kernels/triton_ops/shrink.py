@@ -1,7 +1,7 @@
 """Down-projection of the target and the source stream by one shared A, in one pass over each stream.
 
-Shape legend: M tokens, K input width, R rank. A form is an implementation of this operation
-(:mod:`flare_kernels.forms`).
+Shape legend: M tokens, K input width, R rank; drop is dropout. A form is an implementation of this
+operation (:mod:`flare_kernels.forms`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The tuner's output: a row for each timed problem, then the ratio of each step's time to its lower bound.
 
-A problem is one step at one size (:mod:`.problem`). A variant is a form of the step with its tiles (:mod:`.variants`).
-The general rule (``triton_ops/config.py``) decides form and tiles of a launch without an entry in the launch table.
+A problem is one step (operation) at one size (:mod:`.problem`). A variant is a form (implementation) of the step with
+its tiles (:mod:`.variants`). The general rule (``triton_ops/config.py``) decides form and tiles of a launch without an
+entry in the launch table.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The variants of a problem that the tuner compares: each form that can run, with each candidate's tiles.
 
-The general rule (``triton_ops/config.py``) decides form and tiles of a launch without an entry in the launch table.
+A form is an implementation of a step, which is one operation of the adapter (:mod:`flare_kernels.forms`). The general
+rule (``triton_ops/config.py``) decides form and tiles of a launch without an entry in the launch table.
 """
 
 from __future__ import annotations
