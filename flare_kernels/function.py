@@ -3,7 +3,7 @@
 x, T, S, H, A and B are named as in :mod:`flare_kernels.node`. Saved for backward:
 
 * x and x_source as passed, if some A requires grad; never a cast or dropped-out copy of them,
-* T and S in the compute dtype, or only H if phi is linear,
+* T and S in the compute dtype if backward reads them, or only H if every phi is linear (plain LoRA or "add"),
 * A_i, B_i and the frozen weights W_i as passed,
 * the stacked A and B, if they were stacked or cast and are small compared with x,
 * the seeds of the dropout masks, which backward regenerates.
@@ -32,10 +32,10 @@ from .node import rows, without_autocast
 from .order import Order, choose_order
 from .reference import compute_dtype
 
-# Getter for `map`: the attributes of a frozen weight that are part of the key under which an order is cached.
+# Getter for `map`: the attributes of a frozen weight that are part of the key of a cached `choose_order` result.
 _LAYOUT = operator.attrgetter("shape", "dtype")
 
-#: Weights in the compute dtype are saved for the backward pass if x is at least this many times as large.
+#: Stacked or cast adapter weights are saved for the backward pass if x has at least this many times their bytes.
 _SAVE_RATIO = 16
 
 
@@ -73,8 +73,8 @@ class FusedLoRA(torch.autograd.Function):
         call: the constants.
         sizes: the numbers of y_i, of S, and of W_i among ``tensors``.
         x, x_source: (..., d); x_source may be None.
-        seed: dropout seed, () int64, or None.
-        source_seed: dropout seed of the source stream; None: ``seed``.
+        seed: dropout seed, an int64 scalar tensor; None: no dropout.
+        source_seed: dropout seed of the source stream; None: the source stream uses ``seed``.
         A: the stacked A (R, d), where R is the sum of the ranks r_i, or None.
         tensors: in this order: y_i (..., n_i); S (..., columns) if S is passed instead of x_source; A_i (r_i, d) in
             stacking order; B_i (n_i, r_i) in stacking order; the frozen weights W_i (n_i, d) if the node computes dx
@@ -143,7 +143,7 @@ class FusedLoRA(torch.autograd.Function):
                 ys[output].addmm_(x_MK, Ws[output].T)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.sizes, ctx.needs, ctx.adapter_first = call, sizes, needs, order is not None
-        # weights, followed by as many biases if the node computes the products
+        # number of the last inputs, which get no gradient: the frozen weights, then their biases if they were passed
         ctx.frozen_inputs = count_W if count_y else 2 * count_W
         # dB needs T; a nonlinear phi needs T and S in backward
         save_hidden = needs.any_B or (needs.hidden and call.nonlinear)
@@ -290,7 +290,8 @@ def apply(
     Args:
         backend: name of the backend.
         dtype: compute dtype.
-        adapters: (output index, rank, scaling, fusion) of each adapter in stacking order (adapters that fuse first).
+        adapters: (output index, rank, scaling, fusion) of each adapter, in stacking order: adapters that fuse come
+            first.
         p: probability of dropout; 0 outside training.
         x, x_source: (..., d); x_source may be None.
         Ss: S (..., r_i) of each fusing adapter instead of x_source; otherwise empty.
@@ -344,7 +345,7 @@ def apply_with_products(
     """
     seed = _dropout.draw_seed(x.device) if call.p > 0.0 else None
     args = (call, sizes, x, x_source, seed, source_seed, A, *Ss, *As, *Bs, *Ws, *biases)
-    if functorch_is_active():  # the Python wrapper of apply raises the error for transforms
+    if functorch_is_active():  # only the Python wrapper of apply checks for torch.func transforms and raises an error
         return FusedLoRA.apply(*args)  # type: ignore[no-any-return]
     return _apply_in_cpp(*args)  # type: ignore[no-any-return]
 

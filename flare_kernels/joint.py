@@ -1,7 +1,8 @@
 """The public function for projections that share their input (q, k, v): one autograd node for all of them.
 
-Each stream is read once for all adapters, and adapters with the same fusion share a launch. If the frozen weights are
-passed, the node also computes dx of the frozen products, accumulated in the same buffer as the adapters' share.
+Each stream is read once for all adapters, and adapters with the same fusion and rank share a launch. If the frozen
+weights are passed, the node also computes dx of the frozen products, accumulated in the same buffer as the adapters'
+share.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _stacked(
     names: Sequence[str], adapters: Mapping[str, AdapterWeights], fusions: Mapping[str, str | None]
 ) -> tuple[list[str], list[str], list[call.AdapterSpec]]:
     """Return the adapters' names in stacking order, the names that fuse, and the constants of each adapter."""
-    # fusing adapters first, and adapters of one phi next to each other, so that they share a launch
+    # fusing adapters first, and adapters of one fusion next to each other, so that they can share a launch
     ordered = sorted(adapters, key=lambda name: (fusions[name] is None, fusions[name] or ""))
     fusing = [name for name in ordered if fusions[name] is not None]
     constants = [
@@ -249,7 +250,7 @@ def _reference(
     x_target = reference.drop(x.to(dtype), p, seed, _dropout.TARGET_STREAM)
     x_other = None if x_source is None else reference.drop(x_source.to(dtype), p, seed, _dropout.SOURCE_STREAM)
     for name, y in base_outputs.items():
-        if weights is not None:  # the value of y with the gradient of x W^T
+        if weights is not None:  # y keeps its value and gets the gradient of x W^T
             product = x.to(dtype) @ weights[name].to(dtype).T
             y = y + (product - product.detach()).to(y.dtype)
         if name in adapters:

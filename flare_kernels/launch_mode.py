@@ -1,9 +1,9 @@
 """The current launch mode: which plans are cached, what is forced, and whether kernels run. Does not import Triton.
 
-A *plan* is what a primitive computes once per distinct call: configuration, grid, constant arguments and the launch
-itself. Each mode has its own cache of plans, so a plan that was computed in another mode is never run. The mode applies
-to the whole process, not to one thread. Steps, forms and launch tables are explained in :mod:`flare_kernels.forms` and
-:mod:`flare_kernels.launch_table`.
+A *plan* is what a primitive (one operation of the adapter, such as shrink) computes once per distinct call:
+configuration, grid, constant arguments and the function that launches the kernel. Each mode has its own cache of plans,
+so a plan that was computed in another mode is never run. The mode applies to the whole process, not to one thread.
+Steps, forms and launch tables are explained in :mod:`flare_kernels.forms` and :mod:`flare_kernels.launch_table`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def counting() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def forcing(*, form: str | None = None, table: LaunchTable | None = None, **configs: Any) -> Iterator[None]:
-    """Force a form, a launch table, and configurations by kernel name inside this context. For the tuner and tests.
+    """Force a form, a launch table, and configurations by kernel name inside this context (for the tuner and tests).
 
     A step takes ``form`` if it has a form of this name and the call does not exclude it. Whether the device can run the
     form is not checked. Other steps follow ``table``, if it is given, on any device.

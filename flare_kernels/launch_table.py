@@ -8,8 +8,9 @@ table is read once per process, from the first of these files that is a launch t
 2. ``~/.cache/flare-kernels/launch/<gpu>.json``, which the tuner writes.
 3. ``flare_kernels/tables/<gpu>.json``, part of the package.
 
-An entry gives the form (``FORMS`` in ``triton_ops/config.py``) and the tiles of a step for a range of sizes. A file
-that is not a launch table or is for another GPU is ignored with one warning.
+An entry gives the form (implementation) and the tiles of a step (operation) for a range of sizes. ``FORMS`` in
+``triton_ops/config.py`` lists the steps and forms. A file that is not a launch table or is for another GPU is ignored
+with one warning.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def bucket(size: int, bounds: tuple[int, ...]) -> int:
 @dataclass(frozen=True)
 class Key:
     """Key of an entry: a step, its operand class, the rank bucket, and the buckets of rows (tokens) and width.
+
+    ``OPERAND_CLASSES`` in ``triton_ops/config.py`` explains operand classes.
 
     The width is the input's width (K) for shrink, grad_weight, grad_input and decode, and the widest output's width (N)
     for the other steps. The rank is the rank of one adapter (r) for expand, grad_bottleneck, decode and order, and the
@@ -149,7 +152,7 @@ _OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "programs"
 
 
 def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
-    """Raise ValueError if a launch of this step with these tiles would fail or compute wrong results."""
+    """Raise ValueError if a field is missing or unknown, or if the kernel cannot run correctly with a field's value."""
     expected = {f"BLOCK_{axis}" for axis in "MKNR"} | set(_OPTIONS)
     if set(tiles) != expected:
         raise ValueError(f"tiles of {kernel} have the fields {sorted(tiles)}, expected {sorted(expected)}")

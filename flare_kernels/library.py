@@ -2,10 +2,9 @@
 
 Compiled code calls these operators instead of the in-place autograd function. ``flare_kernels::lora`` takes the frozen
 outputs and returns new tensors. The compiler frees the frozen outputs, and the kernels move as many bytes as if they
-wrote in place.
-``flare_kernels::lora_backward`` computes all gradients. Both are opaque to the compiler and have fake implementations,
-so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are separate operators of the
-graph and always run first (:mod:`flare_kernels.order` describes the other order).
+wrote in place. ``flare_kernels::lora_backward`` computes all gradients. Both operators are opaque to the compiler and
+have fake implementations, so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are
+separate operators of the graph and always run first (:mod:`flare_kernels.order` describes the other order).
 
 A result that is not computed is returned as an empty tensor, because an operator cannot return None.
 """
@@ -131,7 +130,8 @@ def lora(
 ) -> list[Tensor]:
     """Return [y_i + s_i phi_i(S_i, T_i) B_i^T ..., T, S].
 
-    T (M, R) and S (M, fused) are empty if ``save_for_backward`` is false or if the backward pass does not need them.
+    T (M, R) and S (M, sum of the ranks of the adapters that fuse) are empty if ``save_for_backward`` is false or there
+    is no adapter. S is also empty if ``Ss`` were passed or if no fusion needs S in backward.
     """
     adapters = _adapter_specs(outputs, scalings, fusions, As)
     call = call_of(backend, x.device, dtype, tuple(adapters), len(ys), p)

@@ -1,5 +1,7 @@
 """The order of the frozen products and the adapters, if the autograd node computes both.
 
+The letters have the meaning that :mod:`flare_kernels.node` gives them. W and b are the frozen weight and bias.
+
 ``frozen_first``: in forward, the frozen product writes y = x W^T + b, then the adapter reads y and adds its share. In
 backward, the first frozen product writes dx, then the other frozen products and dT A add to it.
 
@@ -12,7 +14,7 @@ The general rule is ``adapter_first``. An entry of the launch table for the step
 looked up by the operand class (:mod:`flare_kernels.forms`), the number of tokens M, the width of the widest adapted
 output, and the largest rank of an adapter. The frozen products always run first in layers that compute them outside the
 node (quantised or with hooks), in the operators for ``torch.compile``, in passes that adapt only some rows of a batch,
-and in calls for which :func:`can_run_first` is false. The order is cached, so this module runs only in the first step
+and in calls for which :func:`can_run_first` is false. The order is cached, so this module runs only in the first call
 with given shapes.
 """
 

@@ -2,8 +2,9 @@
 
     S = drop(x) A^T        dA = dS^T drop(x)              x (M, d), A (R, d), S and dS (M, R)
 
-M tokens, R rank. FLARE's source pass uses these functions to project the source states before the layers that read S
-run. One seed gives the same dropout mask here as for the source stream of :func:`flare_kernels.fused_lora`.
+M tokens, d input width, R rank; drop is dropout. FLARE's source pass uses these functions to project the source states
+before the layers that read S run. One seed gives the same dropout mask here as for the source stream of
+:func:`flare_kernels.fused_lora`.
 """
 
 from __future__ import annotations

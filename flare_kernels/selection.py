@@ -86,6 +86,9 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str |
     * "torch" on CPUs (also under the interpreter, which is for tests), on CUDA devices that cannot run the kernels, and
       for float64 and float32. The kernels have not been timed against cuBLAS in IEEE float32.
     * "reference" for the fusions that combine different token positions.
+
+    Inside :func:`flare_kernels.testing.launches_left_out`, the other fusions get "triton" on every device, and "torch"
+    for float64.
     """
     if fusion in EAGER_FUSIONS:
         return "reference"

@@ -16,8 +16,8 @@ def launches_left_out() -> Iterator[list[str]]:
     """Take the code path of the kernels on CPU tensors, without launching them.
 
     In this context, ``backend="auto"`` and ``"triton"`` take the kernels' path for every dtype except float64.
-    Configurations (of a GPU with 227 KB of shared memory per block), plans and arguments are computed as on a GPU. Only
-    the launch itself is left out, so **results are uninitialised memory**. Works with and without TRITON_INTERPRET. The
+    Tile sizes, grids and arguments are computed as for a GPU with 227 KB of shared memory per block. Only the launch is
+    left out, so **results are uninitialised memory**. Works with and without TRITON_INTERPRET. The
     context applies to the whole process, can be nested, and restores the previous state on exit.
 
     Yields:

@@ -1,11 +1,12 @@
-"""The primitives of the adapter in plain PyTorch: BLAS calls that accumulate in place, on any device, in any dtype.
+"""The primitives (operations) of the adapter in plain PyTorch, on any device and in any dtype.
 
-These are the fallback if Triton cannot run, the only primitives that compute in float64, and the baseline that the
-kernels must beat. :mod:`flare_kernels.triton_ops.primitives` exports the same functions and ``decode``, so the autograd
-node in :mod:`flare_kernels.node` works with either module.
+Their BLAS calls accumulate in place where possible. These primitives are the fallback if Triton cannot run, the only
+primitives that compute in float64, and the baseline that the kernels must beat.
+:mod:`flare_kernels.triton_ops.primitives` exports the same functions and ``decode``, so the autograd node in
+:mod:`flare_kernels.node` works with either module.
 
-Shape legend: M tokens, K input width, N output width, R rank; every tensor is 2-D. A suffix such as ``_MK`` in a name
-gives the tensor's axes.
+Shape legend: M tokens, K input width, N output width, R rank. Tensors are 2-D, except biases and seeds. A suffix such
+as ``_MK`` in a name gives the tensor's axes.
 """
 
 from __future__ import annotations
@@ -115,9 +116,9 @@ def grad_bottleneck(
 ) -> list[Tensor] | None:
     """Compute dT and dS in place, and return dB_i, from G_i = dL/dy_i (M, N_i).
 
-    dH_i = scaling_i * G_i B_i goes through phi to dT and dS. dB_i = scaling_i * G_i^T H_i. dT, dS and B_grad_dtype are
-    None if that gradient is not needed. T may be None if only dT is needed and no phi is applied (``fusion`` or S is
-    None).
+    dH_i = scaling_i * G_i B_i goes through phi to dT and dS. dB_i = scaling_i * G_i^T H_i. dT or dS is None if this
+    gradient is not needed. B_grad_dtype is None if dB is not needed. T may be None if only dT is needed and no phi
+    is applied (``fusion`` or S is None).
     """
     compute = T if T is not None else dT
     assert compute is not None, "grad_bottleneck needs T to compute dB, and dT if dB is not needed"

@@ -1,10 +1,10 @@
 """Write the kernels as a package for the Hugging Face kernels hub: ``python tools/build_hub_kernel.py hub-kernel``.
 
 ``kernel-builder`` reads ``build.toml``, ``flake.nix``, ``CARD.md`` and ``torch-ext/``; ``kernels.get_local_kernel``
-loads ``build/``, which holds one variant per backend. All files of the package are copies of ``flare_kernels/``, except
-``_ops.py``, which sets the namespace of the operators, because every build needs its own namespace. ``torch-ext/`` does
-not have ``_ops.py``, because ``kernel-builder`` writes it. The script needs only the standard library. See
-docs/kernels-hub.md.
+loads ``build/``, which holds one variant per backend. Both folders have copies of the files of ``flare_kernels/``,
+except ``_ops.py``, which sets the namespace of the operators. Every build needs its own namespace, so this script
+writes ``_ops.py`` for each variant in ``build/``, and ``kernel-builder`` writes it for ``torch-ext/``. The script needs
+only the standard library. See docs/kernels-hub.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "flare_kernels"
-#: "cpu" runs the plain PyTorch form, "cuda" the Triton kernels.
+#: "cpu" runs the plain PyTorch implementation, "cuda" the Triton kernels.
 BACKENDS = ("cpu", "cuda")
 MARKER = "# Written by tools/build_hub_kernel.py.\n"
 
@@ -87,7 +87,7 @@ def source_files() -> list[Path]:
 
 
 def unique_id() -> str:
-    """Return seven hex digits that change with any change of the source."""
+    """Return seven hex digits that change with any change of a file of ``flare_kernels``."""
     digest = hashlib.sha256()
     for path in source_files():
         digest.update(f"{path.as_posix()}\0".encode() + (SOURCE / path).read_bytes() + b"\0")
@@ -95,7 +95,7 @@ def unique_id() -> str:
 
 
 def copy_source(target: Path) -> None:
-    """Copy the source to a folder, except ``_ops.py``."""
+    """Copy the files of ``flare_kernels`` to a folder, except ``_ops.py``."""
     for path in source_files():
         if path.name != "_ops.py":
             (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def ops_file(namespace: str) -> str:
 
 
 def prepare(output: Path) -> None:
-    """Create the folder, or remove an earlier output from it.
+    """Create the folder, or remove ``torch-ext`` and ``build`` of an earlier output from it.
 
     Raises:
         FileExistsError: the folder has files, but no ``build.toml`` written by this script.

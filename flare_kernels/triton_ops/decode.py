@@ -3,8 +3,8 @@
 Shape legend: M tokens, K input width, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S.
 
 The first launch splits the sum over K, so that enough programs read A, and stores float32 partial sums in a workspace.
-The second reduces them in a fixed order, fuses, and projects up. The splits depend on K only and the tiles do not
-depend on M, so a row's result does not depend on the other rows.
+The second adds them up in a fixed order, computes phi(S, T), and projects it up. The splits depend on K only and the
+tiles do not depend on M, so a row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def _plan(
     assert config.BLOCK_R >= R, "a decode kernel holds one block of R"
     k_tiles = cdiv(K, config.BLOCK_K)
     tiles_per_split = cdiv(k_tiles, _MAX_SPLITS)
-    # a multiple of 4, as sum_splits requires; splits without tiles are zero
+    # a multiple of 4, as sum_splits requires; a split without tiles writes zeros
     splits = 4 * cdiv(k_tiles, 4 * tiles_per_split)
     project = Launcher(
         mode,

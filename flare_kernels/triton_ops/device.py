@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: rounding, dot, the fusions phi with their derivatives, dropout masks.
+"""Device functions shared by the kernels: rounding, dot, fusions phi and their derivatives, dropout, access to tiles.
 
 Prefixes of names in kernels: ``i_`` index, ``o_`` offsets, ``m_`` load mask, ``p_`` pointers, ``b_`` tile in registers.
 """
@@ -104,7 +104,7 @@ def pick(i, a_0, a_1, a_2, COUNT: tl.constexpr):
 def load_mask_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.constexpr):
     """Return the mask bytes of rows o_m and columns i_column .. i_column + BLOCK_K.
 
-    i_column and BLOCK_K are multiples of 8.
+    A byte has the bits of 8 columns (:mod:`flare_kernels.dropout`). i_column and BLOCK_K are multiples of 8.
     """
     o_byte = i_column // 8 + tl.arange(0, BLOCK_K // 8)
     p_mask = mask + o_m.to(tl.int64)[:, None] * mask_stride_m + o_byte[None, :]

@@ -13,13 +13,13 @@ from .. import launch_mode
 from .config import TileConfig
 from .launch import ADDRESS, LOW_BITS, Launcher, cdiv
 
-#: Rows and mask bytes per program.
+#: A program computes BLOCK_K mask bytes of each of BLOCK_M rows.
 _CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=128, BLOCK_N=0, BLOCK_R=0, num_warps=4, num_stages=1)
 
 
 @triton.jit
 def pack_word(b_word, threshold, SHIFT: tl.constexpr):
-    """Return the two mask bits of one 32-bit word, at bits SHIFT and SHIFT + 1."""
+    """Return the mask bits of the two 16-bit random numbers in a 32-bit word, at bits SHIFT and SHIFT + 1."""
     b_low = ((b_word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
     b_high = ((b_word >> 16).to(tl.int32) >= threshold).to(tl.int32)
     return (b_low << SHIFT) | (b_high << (SHIFT + 1))
@@ -29,7 +29,7 @@ def pack_word(b_word, threshold, SHIFT: tl.constexpr):
 def dropout_mask_kernel(
     seed, out, rows, cols, n_bytes, threshold, stream_id, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Set bit j of byte b in out (rows, n_bytes) uint8 if the 16-bit number of column 8 b + j is at least threshold."""
+    """Set bit j of byte b in out (rows, n_bytes) uint8 if the random number of column 8 b + j is at least threshold."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_b = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     b_zero = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)

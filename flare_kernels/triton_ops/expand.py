@@ -1,6 +1,7 @@
 """Fusion and up-projection of up to three projections in one launch, added to the frozen linears' outputs.
 
-Shape legend: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S.
+Shape legend: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S. A form
+is an implementation of this operation (:mod:`flare_kernels.forms`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .launch import (
     strides,
 )
 
-# For `filter`, which loops in C.
+# Predicate for `filter`, which then loops in C.
 _IS_NOT_NONE = functools.partial(operator.is_not, None)
 
 
@@ -191,7 +192,7 @@ def expand_(
         outs: destinations instead of ys, with the dtypes, shapes and strides of ys.
         biases: (N_i,) or None each, any float dtype. If passed, y_i is not read:
             y_i = bias_i + scaling_i * phi(S_i, T_i) B_i^T.
-        follow_table: take the plain PyTorch form if the tuned table prefers it.
+        follow_table: take the plain PyTorch form if the launch table prefers it.
     """
     if fusion is None:
         S = None

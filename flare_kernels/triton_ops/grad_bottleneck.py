@@ -1,12 +1,15 @@
 """Gradients of the bottleneck and of B from dL/dy, for up to three projections in one launch.
 
-    dH_i = scaling_i G_i B_i, through phi to dT_i and dS_i        dB_i = scaling_i G_i^T phi(S_i, T_i)
+    dH_i = scaling_i G_i B_i        dT_i = dH_i * dphi/dT_i        dS_i = dH_i * dphi/dS_i
+    dB_i = scaling_i G_i^T H_i
 
-G_i = dL/dy_i. Shapes: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T, S, dT and dS.
+H_i = phi(S_i, T_i) and G_i = dL/dy_i. Shapes: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1)
+R of T, S, dT and dS.
 
 There are two kinds of programs. A *row program* computes BLOCK_M rows of one dH_i in a loop over N_i. A *strip program*
-computes dB_i for BLOCK_N columns of one G_i in a loop over a chunk of the rows. Both kinds loop in steps of BLOCK_K and
-run in the same launch. The two forms with this kernel differ in the order of the programs:
+computes dB_i for BLOCK_N columns of one G_i in a loop over a chunk (consecutive rows). Both kinds loop in steps of
+BLOCK_K and run in the same launch. Two forms (implementations) use this kernel. They differ in the order of the
+programs:
 
 triton        Programs run chunk by chunk. In a chunk, row programs come before strip programs, which then read the
               chunk of G from the L2 cache.
@@ -228,7 +231,7 @@ def grad_bottleneck(
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
         dT, dS: destinations with the shape and dtype of T, any strides; None if not required.
         B_grad_dtype: dtype of dB, which is summed in float32; None if dB is not required.
-        follow_table: take the plain PyTorch form if the tuned table prefers it.
+        follow_table: take the plain PyTorch form if the launch table prefers it.
 
     Returns:
         dB_i (N_i, R), slices of one buffer; None if B_grad_dtype is None.
@@ -356,7 +359,7 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
     strip_programs = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if strips else 0
     tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a multiple of both
     chunks, tiles_per_chunk = 1, cdiv(M, tile)
-    if strips:  # dB is a sum over the rows, which is split into chunks; dT and dS are not
+    if strips:  # dB is a sum over the rows, which are split into chunks; dT and dS need no split
         chunks, tiles_per_chunk = choose_splits(M, tile, strip_programs, target=config.programs)
     chunk_rows = tiles_per_chunk * tile
     row_programs = chunk_rows // config.BLOCK_M * len(Gs) * r_tiles if rows else 0

@@ -1,6 +1,7 @@
 """The adapter's share of dL/dx: dx = dT A, masked and scaled under dropout.
 
-Shape legend: M tokens, K input width, R rank.
+Shape legend: M tokens, K input width, R rank. A form is an implementation of this operation
+(:mod:`flare_kernels.forms`).
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def grad_input(
         dtype: dtype of dx; not used with ``out``.
         out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
         follow_table: run one BLAS call instead of the kernel if all dtypes are equal and there is no mask. Without
-            ``out``, the kernel still runs if the tuned table prefers it.
+            ``out``, the kernel still runs if the launch table prefers it.
     """
     if follow_table and mask is None and out is not None and out.dtype == A.dtype == dT.dtype:
         return out.addmm_(dT, A)  # moves as few bytes as a kernel would

@@ -1,6 +1,6 @@
 """Device functions of :mod:`flare_kernels.triton_ops.grad_bottleneck`: a tile of dT and dS, and a tile of dB.
 
-G is dL/dy of one projection. Shape legend: M tokens, N output width, R rank.
+G is dL/dy of one projection, and H = phi(S, T). Shape legend: M tokens, N output width, R rank.
 """
 
 import triton
@@ -41,9 +41,9 @@ def grad_hidden_tile(
     STEP: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Compute dH = scaling * G B, dT = dH * dphi/dT and dS = dH * dphi/dS for BLOCK_M rows; FUSION 0: only dT = dH.
+    """Compute dH = scaling * G B, dT = dH * dphi/dT and dS = dH * dphi/dS for BLOCK_M rows.
 
-    The derivatives are taken at T and S as stored by the forward pass.
+    The derivatives are taken at T and S as stored by the forward pass. If FUSION is 0, only dT = dH is computed.
     """
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)

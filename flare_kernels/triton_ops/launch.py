@@ -1,5 +1,8 @@
 """Configurations of kernel launches, and the launchers that plans cache.
 
+A primitive is an operation of the adapter, such as shrink. A form is one of its implementations
+(:mod:`flare_kernels.forms`).
+
 A plan is what a primitive computes once per distinct call (:mod:`flare_kernels.launch_mode`). The key of a plan holds
 everything that the plan depends on: shapes, dtypes, strides, the low bits of every address, options and device. This
 includes everything that Triton specialises a kernel on, so a cached launcher may call the compiled kernel directly.
@@ -59,8 +62,9 @@ class Launcher:
     """A launch of a plan, with all arguments except the tensors.
 
     ``launcher.run(*tensors, *launcher.constants)`` launches the kernel. Every kernel takes its tensors (or None) first.
-    The first run is an ordinary ``kernel[grid](...)``. Later runs call the compiled kernel directly. If the mode
-    records launches or leaves out kernels, ``run`` appends to the mode's list and launches nothing.
+    The first run is an ordinary ``kernel[grid](...)``. Later runs call the compiled kernel directly, if Triton's
+    version allows this (otherwise a warning says why not). If the mode records launches or leaves out kernels, ``run``
+    appends to the mode's list and launches nothing.
     """
 
     __slots__ = ("_device", "_grid", "_jit_launch", "_mode", "_name", "constants", "run")
@@ -165,7 +169,8 @@ def _cuda_shared_bytes(index: int) -> int:
 def fits_descriptor(dtype: torch.dtype, *matrices: Tensor | None) -> bool:
     """Return whether tensor descriptors can read these matrices.
 
-    They must have this dtype, contiguous rows, and addresses and row strides that are multiples of 16 bytes.
+    They must have this dtype, contiguous rows that do not overlap, and addresses and row strides that are multiples of
+    16 bytes.
     """
     for x in matrices:
         if x is not None:
@@ -202,12 +207,12 @@ def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str,
 
 
 def strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
-    """Return arguments such as x_stride_m for the axes of a matrix; 0 without a matrix."""
+    """Return arguments such as x_stride_m for the axes of a tensor; the strides are 0 if x is None."""
     return {f"{name}_stride_{axis}": 0 if x is None else x.stride(dim) for dim, axis in enumerate(axes)}
 
 
 def numbered_strides(name: str, tensors: Sequence[Tensor | None], axes: str) -> dict[str, Any]:
-    """Return arguments such as y_0_stride_m for the axes of up to three matrices."""
+    """Return arguments such as y_0_stride_m for the axes of up to three tensors; strides of missing tensors are 0."""
     arguments: dict[str, Any] = {}
     for i in range(MAX_PROJECTIONS):
         arguments |= strides(f"{name}_{i}", tensors[i] if i < len(tensors) else None, axes)

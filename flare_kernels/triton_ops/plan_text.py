@@ -1,4 +1,4 @@
-"""Text that tells which form and tiles each step of a call takes."""
+"""Text that tells which form (implementation) and tiles each step (operation) of a call takes."""
 
 from __future__ import annotations
 

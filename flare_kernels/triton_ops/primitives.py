@@ -15,10 +15,11 @@ with either module.
 ``decode``             shrink and expand for a few tokens, two launches for all projections
 =====================  ==============================================================================================
 
-All sums are float32. Float32 operands are multiplied in IEEE float32, never TF32. The same call gives the same bits.
-A primitive may have several implementations, called forms (``FORMS`` in ``config.py``). :mod:`flare_kernels.forms`
-chooses the form of a call. The functions of this module never take the form "torch" (plain PyTorch). ``backend="auto"``
-uses the functions in :data:`tuned`, which take this form if the launch table or the general rule prefers it.
+G_i = dL/dy_i, H_i = phi(S_i, T_i), and drop is dropout. All sums are float32. Float32 operands are multiplied in IEEE
+float32, never TF32. The same call gives the same bits. A primitive may have several implementations, called forms
+(``FORMS`` in ``config.py``). :mod:`flare_kernels.forms` chooses the form of a call. The functions of this module never
+take the form "torch" (plain PyTorch). ``backend="auto"`` uses the functions in :data:`tuned`, which take this form if
+the launch table or the general rule prefers it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def _expand(t: TileConfig) -> int:
 
 def _grad_bottleneck(t: TileConfig) -> int:
     rows = 2 * t.num_stages * t.BLOCK_K * (t.BLOCK_M + t.BLOCK_R)
-    # T and S are consumed before G, so the pipeline holds one stage fewer of T and S than of G
+    # in the programs that compute dB, T and S are consumed before G, so the pipeline holds one stage fewer of T and S
+    # than of G
     strips = 2 * t.BLOCK_K * (t.num_stages * t.BLOCK_N + (t.num_stages - 1) * 2 * t.BLOCK_R)
     return max(rows, strips)
 

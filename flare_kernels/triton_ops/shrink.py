@@ -1,6 +1,7 @@
 """Down-projection of the target and the source stream by one shared A, in one pass over each stream.
 
-Shape legend: M tokens, K input width, R rank.
+Shape legend: M tokens, K input width, R rank; drop is dropout. A form is an implementation of this
+operation (:mod:`flare_kernels.forms`).
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def shrink(
         mask, mask_source: packed dropout masks of the streams (:mod:`flare_kernels.dropout`), or None.
         keep_scale: factor of the kept elements.
         sum_streams: add both products in one accumulator (fusion "add") and return (T + S, None).
-        follow_table: take the plain PyTorch form if the tuned table prefers it (never with dropout).
+        follow_table: take the plain PyTorch form if the launch table prefers it (never with dropout).
 
     Returns:
         T, S: (M, R), contiguous, compute_dtype.

@@ -1,8 +1,8 @@
 """Split-K: split a long sum among several programs, and add up their float32 partial sums.
 
-The programs of each split write their partial sums to a workspace. Either a second launch adds up the splits, or (form
-"last_adds") the program that finishes a tile last adds up that tile's splits. Both add in a fixed order, so results are
-deterministic.
+The programs of each split write their partial sums to a workspace. In most forms (implementations of an operation), a
+second launch adds up the splits. In the form "last_adds", the program that finishes a tile last adds up that tile's
+splits. Both add in a fixed order, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def counters(device: torch.device) -> Tensor:
     Launches on one stream run one after the other and share the counters.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # a graph may be replayed on any stream, concurrently with work on the stream it was captured on
+        # a graph may be replayed on any stream, concurrently with work on the stream it was captured on, so each launch
+        # of a graph gets its own counters
         return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
     key = device, current_raw_stream(device)
     try:

@@ -1,7 +1,7 @@
-"""Concatenation of the weights of several adapters in the compute dtype, in one launch per forward or backward pass.
+"""Concatenation of the A (or B) matrices of up to three adapters in the compute dtype, in one launch.
 
-The kernels can also cast their operands tile by tile. However, each row of tiles reads all of A or B, and reading
-these in float32 takes twice the bytes. Shape legend: R rows, K columns.
+The kernels that multiply by A or B could cast it tile by tile. However, each row of tiles reads all of A or B, and
+reading these in float32 takes twice the bytes. Shape legend: R rows, K columns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Compilation of the tuner's kernels in several processes, ahead of the timing.
 
-A problem is one step at one size (:mod:`.problem`); its variants are the forms and tiles to compare (:mod:`.variants`).
+A problem is one step (operation) at one size (:mod:`.problem`). Its variants are the combinations of a form
+(implementation) and tiles that the tuner compares (:mod:`.variants`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The problems that the tuner measures: every step at the sizes of the paper's models, on random data.
 
-A step is one operation of the adapter (:mod:`flare_kernels.forms`).
+A step is one operation of the adapter (:mod:`flare_kernels.forms`). A module of primitives implements the operations,
+for example :mod:`flare_kernels.torch_ops`.
 """
 
 from __future__ import annotations

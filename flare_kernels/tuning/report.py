@@ -1,6 +1,8 @@
 """The tuner's output: a row for each timed problem, then the ratio of each step's time to its lower bound.
 
-A problem is one step at one size (:mod:`.problem`). A variant is a form of the step with its tiles (:mod:`.variants`).
+A problem is one step (operation) at one size (:mod:`.problem`). A variant is a form (implementation) of the step with
+its tiles (:mod:`.variants`). The general rule (``triton_ops/config.py``) decides form and tiles of a launch without an
+entry in the launch table.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ class Measurement:
         problem: the step and size that was timed.
         us: name of a form -> time of its best variant in microseconds. The name of the general rule's form with the
             suffix GENERAL_RULE -> time of the general rule's tiles.
-        best: the variant to store in the launch table. This is the fastest valid variant, or a variant of the general
-            rule's form whose time differs by no more than the noise. None if no variant is valid.
-        floor_us: the step's bytes divided by the copy bandwidth; None for the step "order", which is compute-bound.
+        best: the variant to store in the launch table. This is the fastest valid variant of the general rule's form if
+            it is slower than the fastest valid variant by no more than the noise, and otherwise the fastest valid
+            variant. None if no variant is valid.
+        floor_us: the lower bound in microseconds: the step's bytes divided by the copy bandwidth. None for the step
+            "order", which is compute-bound.
         tried: number of variants that were checked.
         rejected: a line for each variant that failed or gave wrong results, with the reason.
     """
@@ -64,7 +68,7 @@ def _cell(value: float | None, width: int = 9, digits: int = 1) -> str:
 def distances(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Return time, lower bound and their ratio for each problem, for the table's ``about``.
 
-    Problems without a valid variant and of the step "order", which has no lower bound, are left out.
+    Problems without a valid variant are left out, and so are problems of the step "order", which has no lower bound.
     """
     rows = []
     for m in measurements:

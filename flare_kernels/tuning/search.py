@@ -5,7 +5,8 @@ A variant is valid if its error against float32 results is at most twice the err
 dtype's epsilon times the largest entry. All valid variants are timed in a few rounds. The best variant of each form,
 the best three overall and the general rule's variant are timed again, in alternation. The fastest of them goes into the
 launch table (:mod:`flare_kernels.launch_table`); if the general rule's form is as fast within the noise, it is
-preferred. Nothing is tuned while a model runs.
+preferred. The general rule (``triton_ops/config.py``) decides launches that have no entry in the table. Nothing is
+tuned while a model runs.
 """
 
 from __future__ import annotations

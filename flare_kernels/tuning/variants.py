@@ -1,4 +1,8 @@
-"""The variants of a problem that the tuner compares: each form that can run, with each candidate's tiles."""
+"""The variants of a problem that the tuner compares: each form that can run, with each candidate's tiles.
+
+A form is an implementation of a step, which is one operation of the adapter (:mod:`flare_kernels.forms`). The general
+rule (``triton_ops/config.py``) decides form and tiles of a launch without an entry in the launch table.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ class Variant:
 
 
 def variants(problem: Problem, shared_bytes: int, capability: int) -> Iterator[Variant]:
-    """Yield each form with the general rule's tiles, then with the candidates that fit shared memory.
+    """Yield each form with the general rule's tiles, then with the candidates that may fit in shared memory.
 
     In a form with several kernels, only one kernel at a time has tiles that differ from the general rule's.
     """
