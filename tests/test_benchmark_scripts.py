@@ -154,5 +154,5 @@ def test_part_of_a_sweep_is_not_measured_twice(tmp_path: Path) -> None:
     before = (tmp_path / f"sweep-{part}.json").read_text()
     second = run("bash", "benchmarks/run_gpu.sh", "sweep", part, PYTEST_ADDOPTS=few, **dry)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "results that were measured with the same sources" in second.stdout
+    assert "already has results of the current source code" in second.stdout
     assert (tmp_path / f"sweep-{part}.json").read_text() == before

@@ -67,7 +67,7 @@ def test_attributes_and_unsaved_buffers_are_watched(family, name, value, again) 
     else:
         assert getattr(module, attribute) != value
         setattr(module, attribute, value)
-    with pytest.raises(ValueError, match=f"before its {name[6:]} was changed.*a new SourceStateCache"):
+    with pytest.raises(ValueError, match=f"before this base model's {name[6:]} was changed.*a new SourceStateCache"):
         if again:
             model.set_source_cache(cache)
         else:

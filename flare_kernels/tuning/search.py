@@ -162,7 +162,8 @@ def tune(
     began = time.monotonic()
     status = backends()["triton"]
     if not status or (device.type != "cuda" and not interpreting()):
-        raise ValueError(f"nothing to tune: the triton backend is {status or f'for CUDA devices, not {device}'}")
+        reason = f"for CUDA devices, not {device}" if status else str(status)
+        raise ValueError(f"nothing to tune: the triton backend is {reason}")
     from .compiling import Compiler
 
     timer = timer or DeviceTimer()

@@ -9,7 +9,9 @@ import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,10 @@ from tiny_mt import save_nllb
 import flare
 from flare.cli import main
 from flare.experiments.prediction.pipeline import FlarePipeline
+from flare.experiments.prediction.run import _header
 from flare.experiments.runs.records import read_metrics
 from flare.experiments.translation import Translator
+from flare.experiments.translation.provenance import differences
 from flare.experiments.utils.errors import UserError
 
 QUICK = ("--batch-size", 4, "--lr", "1e-2", "--no-progress", "--epochs", 1, "--r", 4, "--max-length", 24)
@@ -143,6 +147,15 @@ def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
     assert total > 2 and counts == {"translated": total, "predicted": 3}  # 10 rows, 4 per batch
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl", "whole.jsonl"]
+
+
+def test_options_that_change_predictions_prevent_resuming(place):
+    pipeline = FlarePipeline(adapter(place), print_fn=lambda line: None)
+    data = SimpleNamespace(rows=[{}], texts=[{"text": "a"}], sources=[None])
+    saved = _header(pipeline, data)
+    for name in ("mt_language", "mt_model", "task", "method", "prompt"):
+        pipeline.settings = replace(pipeline.settings, **{name: "x"})
+        assert name in {one.partition(":")[0] for one in differences(saved, _header(pipeline, data))}
 
 
 def test_an_existing_output_is_not_replaced(place, tmp_path, capsys):

@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from flare_kernels import function, launch_mode, torch_ops, tuning
 from flare_kernels.launch_table import ROW_BOUNDS, LaunchTable, bucket
+from flare_kernels.selection import BackendStatus
 from flare_kernels.triton_ops import config
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.shared_memory import least_shared_bytes
@@ -368,6 +369,12 @@ def test_problems_beyond_the_budget_are_not_measured(device) -> None:
 
 
 def test_the_tuner_gives_the_reason_if_it_cannot_run(monkeypatch) -> None:
+    options = {"device": torch.device("meta"), "about": {}, "log": lambda line: None}
     monkeypatch.setattr(search, "interpreting", lambda: False)
-    with pytest.raises(ValueError, match="nothing to tune: the triton backend is"):
-        tuning.tune([], device=torch.device("meta"), about={}, log=lambda line: None)
+    for status, reason in (
+        (BackendStatus(True), "for CUDA devices, not meta"),
+        (BackendStatus(False, "old"), ".*: old"),
+    ):
+        monkeypatch.setattr(search, "backends", lambda status=status: {"triton": status})
+        with pytest.raises(ValueError, match=f"nothing to tune: the triton backend is {reason}"):
+            tuning.tune([], **options)

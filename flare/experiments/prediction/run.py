@@ -146,4 +146,8 @@ def _header(pipeline: FlarePipeline, data: Input) -> dict[str, Any]:
         "no_source": settings.no_source,
         "translator": pipeline.translator.settings() if settings.translator is not None else None,
         "mt_model": settings.mt_model,
+        "mt_language": settings.mt_language,
+        "task": settings.task,
+        "method": settings.method,
+        "prompt": settings.prompt,
     }
