@@ -158,6 +158,14 @@ def test_options_that_change_predictions_prevent_resuming(place):
         assert name in {one.partition(":")[0] for one in differences(saved, _header(pipeline, data))}
 
 
+@pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b"[1]\n", b"[1]"])
+def test_a_partial_file_of_the_user_is_not_replaced(content, place, tmp_path, capsys):
+    file = tmp_path / "out.jsonl.partial"
+    file.write_bytes(content)
+    assert predict(place, "--input", place / "texts.jsonl", "--no-source", "--output", tmp_path / "out.jsonl") == 2
+    assert "was not written by flare predict" in capsys.readouterr().err and file.read_bytes() == content
+
+
 def test_an_existing_output_is_not_replaced(place, tmp_path, capsys):
     file = tmp_path / "out.jsonl"
     file.write_text("mine")

@@ -28,7 +28,7 @@ class FinishedBatches:
 
     Args:
         output: the file that is written at the end.
-        header: everything that determines the predictions, as JSON values. A call resumes only if the header
+        header: the inputs and options that determine the predictions, as JSON values. A call resumes only if the header
             in OUTPUT.partial is equal.
 
     Attributes:
@@ -92,7 +92,7 @@ class FinishedBatches:
             The size of the complete lines in bytes; 0 if there is nothing to resume.
 
         Raises:
-            UserError: the header of the file differs.
+            UserError: the header of the file differs, or flare predict did not write the file.
         """
         size = 0
         self._file.seek(0)
@@ -101,14 +101,14 @@ class FinishedBatches:
                 content = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:  # a damaged line
                 content = None
+            if size == 0 and not isinstance(content, dict) and (line.endswith(b"\n") or not line.startswith(b"{")):
+                raise UserError(
+                    f"{self.path} was not written by flare predict; name another --output, or remove this file"
+                )
             if content is None:
                 break
             if size == 0:
-                differing = (
-                    differences(content, header)
-                    if isinstance(content, dict)
-                    else ["it was not written by flare predict"]
-                )
+                differing = differences(content, header)
                 if differing and not any(self._file) and not self.translations.exists():
                     return 0  # the earlier call ended before its first batch
                 if differing:

@@ -45,7 +45,9 @@ def checked_text(text: str, what: str) -> str:
 
 
 def _fault(name: str) -> str | None:
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str):
+        return "is not text"
+    if not name.strip():
         return "is empty"
     if "/" in name or "\\" in name:
         return "is a path"
