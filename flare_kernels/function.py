@@ -76,9 +76,9 @@ class FusedLoRA(torch.autograd.Function):
         seed: dropout seed, an int64 scalar tensor; None: no dropout.
         source_seed: dropout seed of the source stream; None: the source stream uses ``seed``.
         A: the stacked A (R, d), where R is the sum of the ranks r_i, or None.
-        tensors: in this order: y_i (..., n_i); S (..., columns) if S is passed instead of x_source; A_i (r_i, d) in
-            stacking order; B_i (n_i, r_i) in stacking order; the frozen weights W_i (n_i, d) if the node computes dx
-            of their products. If no y_i are passed, the node computes the products too, before or after the adapters
+        tensors: in this order: y_i (..., n_i); one or more S (..., sum of the ranks that it covers) if S is passed
+            instead of x_source; A_i (r_i, d) in stacking order; B_i (n_i, r_i) in stacking order; the frozen weights
+            W_i (n_i, d) if the node computes dx of their products. If no y_i are passed, the node computes the products too, before or after the adapters
             (:mod:`flare_kernels.order`). The W_i are then followed by their biases, each (n_i,) or None, and the
             outputs have shape (M, n_i).
     """
@@ -145,7 +145,7 @@ class FusedLoRA(torch.autograd.Function):
         ctx.call, ctx.sizes, ctx.needs, ctx.adapter_first = call, sizes, needs, order is not None
         # number of the last inputs, which get no gradient: the frozen weights, then their biases if they were passed
         ctx.frozen_inputs = count_W if count_y else 2 * count_W
-        # dB needs T; a nonlinear phi needs T and S in backward
+        # dB needs H: T holds it if every phi is linear, otherwise it is computed again from T and S
         save_hidden = needs.any_B or (needs.hidden and call.nonlinear)
         ctx.save_for_backward(
             x if needs.any_A else None,

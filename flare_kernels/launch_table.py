@@ -204,7 +204,7 @@ def table_for(gpu: str) -> LaunchTable:
         except OSError:  # a home directory that this user may not read
             continue
         except ValueError as error:
-            warnings.warn(f"{error}; the general launch configurations are used", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error}; the file is ignored", RuntimeWarning, stacklevel=2)
             continue
         if table.gpu != gpu:
             message = f"{path} is for {table.gpu}, but this GPU is {gpu}; the file is ignored"

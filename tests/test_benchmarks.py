@@ -41,7 +41,10 @@ def as_on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
     ("set_bytes", "cache"), [(1, 50 << 20), (3 << 20, 50 << 20), (40 << 20, 60 << 20), (1 << 30, 60 << 20)]
 )
 def test_the_sets_between_two_uses_fill_twice_the_cache(set_bytes: int, cache: int) -> None:
-    """A set is one copy of a call's inputs. Between two uses of a set, the other sets fill the cache twice."""
+    """A set is one copy of a call's inputs. Between two uses of a set, the other sets fill the cache twice.
+
+    If that takes more than `_MOST_COPIES` sets, there are `_MOST_COPIES`.
+    """
     timing = module("timing")
     copies = timing.copies_for(set_bytes, cache)
     assert copies >= 2

@@ -258,7 +258,7 @@ def test_a_model_without_capturable_shapes_runs_eagerly() -> None:
 
 
 def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
-    """The gradient would be in the graph's memory, so the step runs eagerly and p.grad is restored."""
+    """The first gradient of `late` is in the graph's memory, so it is removed again, and the step runs eagerly."""
     model, eager_model = fused("bert"), fused("bert")
     late = model.late = nn.Parameter(torch.ones(()))
     steps = [0]

@@ -195,7 +195,9 @@ class AutocastState:
             yield
 
 
-_REENTRANT = "reentrant checkpointing passes no gradient to S; use_reentrant=False does"
+_REENTRANT = (
+    "with reentrant checkpointing, backward does not reach the node that fetches the states; use use_reentrant=False"
+)
 
 
 @dataclass(frozen=True)

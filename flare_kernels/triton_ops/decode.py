@@ -3,8 +3,8 @@
 Shape legend: M tokens, K input width, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S.
 
 The first launch splits the sum over K, so that enough programs read A, and stores float32 partial sums in a workspace.
-The second adds them up in a fixed order, computes phi(S, T), and projects it up. The splits depend on K only and the
-tiles do not depend on M, so a row's result does not depend on the other rows.
+The second adds them up in a fixed order, computes phi(S, T), and projects it up. Tiles and
+splits are the same for all M up to MAX_ROWS, so a row's result does not depend on the other rows.
 """
 
 from __future__ import annotations

@@ -171,7 +171,9 @@ def tune(
     table = LaunchTable(gpu, about=about | {"fusion": FUSION, "timing": TIMING})
     measurements: list[Measurement] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(forcing(table=table))  # "order" is measured with the tiles tuned for the other steps
+        stack.enter_context(
+            forcing(table=table)
+        )  # the candidates of the step "order" launch the other steps with their tuned tiles
         compiler = stack.enter_context(Compiler(device, jobs)) if jobs else None
         if compiler is not None:
             log(f"compiling {compiler.submit(problems)} kernels in {jobs} processes, in the order of the rows below")

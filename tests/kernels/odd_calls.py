@@ -100,7 +100,9 @@ def both(name: str, *args: Any, **options: Any) -> Results:
 
 
 def grad_bottlenecks(place: Place, Gs: list[Tensor], T: Tensor, *args: Any, **options: Any) -> Results:
-    """Run grad_bottleneck as Triton kernels and in plain PyTorch, with dT and dS in ``place``; return both results."""
+    """Run grad_bottleneck as Triton kernels and in plain PyTorch, writing dT and dS to tensors made by ``place``.
+
+    Return both results."""
     results = []
     for ops in (triton_ops, torch_ops):
         dT, dS = (place(torch.full_like(T, torch.nan)) for _ in range(2))

@@ -117,7 +117,7 @@ def test_adapter_first_matches_the_oracle(case: str, backend: str, device, order
 @by_backend
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_adapter_first_in_16_bit_is_as_close_to_float64_as_peft(dtype: torch.dtype, backend: str, device) -> None:
-    """The error's norm is at most the error's norm of PEFT's form, base + (H B^T) s, which rounds three times."""
+    """The norm of the error is at most that of PEFT's form, base + (H B^T) s, which rounds each intermediate result."""
     t = make(dtype, device, M=70, d=256, r=8)
     wide = {key: value.double() for key, value in t.items()}
     truth = run(wide, "qv", "qkv", "reference", fusion="add")

@@ -150,8 +150,8 @@ def _listed(languages: Sequence[str]) -> str:
 def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
     """Return the (row, column) of the best mean of every column, after rounding.
 
-    If several cells have the best mean, all of them are returned, but none if all means of the column are equal. An
-    average over only some of the languages is not compared.
+    If several cells have the best mean, all of them are returned, but none if all means of the column are equal. In
+    the column "average", a line that lacks a language is not compared.
     """
     columns: list[list[float | None]] = [
         [cell.mean if (cell := line.cells[language]) else None for line in table.lines] for language in table.languages

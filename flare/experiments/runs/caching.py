@@ -54,7 +54,8 @@ def plan_cache(
 
     "auto" turns the cache on if the states can be cached, all of them fit into the budget (default: a quarter of the
     free memory), a row's states do not depend on the other rows of its batch, the training may have more than one
-    epoch, only one process trains, and the model is not compiled. The results are the same with and without the cache.
+    epoch, only one process trains, and the model is not compiled. Then the results are the same with and without the
+    cache.
 
     Args:
         mode: "auto", "on" or "off".
