@@ -10,8 +10,8 @@ which favours PEFT's layers: PEFT's default of float32 adapters is slower (see t
 Every row has wall time and host time, and on a GPU also device-busy time and the number of kernels and copies. "theory"
 is the expected time divided by the expected time of plain LoRA (models.UNITS). It counts the arithmetic of the frozen
 blocks; adapters, head and the quadratic part of attention are not counted. A row is marked as wrong if its gradients
-are wrong, or if an eager method runs another number of blocks than expected. The method ``frozen`` has no optimizer step;
-its row also has the seconds of one frozen block. Input-level fusion computes the logits of all 2m positions, as
+are wrong, or if an eager method runs another number of blocks than expected. The method ``frozen`` has no optimizer
+step; its row also has the seconds of one frozen block. Input-level fusion computes the logits of all 2m positions, as
 transformers does if labels are given. For mT5, both texts are read by the encoder, and the decoder has m / 4 target
 tokens.
 """

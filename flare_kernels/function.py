@@ -78,9 +78,9 @@ class FusedLoRA(torch.autograd.Function):
         A: the stacked A (R, d), where R is the sum of the ranks r_i, or None.
         tensors: in this order: y_i (..., n_i); one or more S (..., sum of the ranks that it covers) if S is passed
             instead of x_source; A_i (r_i, d) in stacking order; B_i (n_i, r_i) in stacking order; the frozen weights
-            W_i (n_i, d) if the node computes dx of their products. If no y_i are passed, the node computes the products too, before or after the adapters
-            (:mod:`flare_kernels.order`). The W_i are then followed by their biases, each (n_i,) or None, and the
-            outputs have shape (M, n_i).
+            W_i (n_i, d) if the node computes dx of their products. If no y_i are passed, the node computes the products
+            too, before or after the adapters (:mod:`flare_kernels.order`). The W_i are then followed by their biases,
+            each (n_i,) or None, and the outputs have shape (M, n_i).
     """
 
     @staticmethod
