@@ -219,7 +219,7 @@ def test_reentrant_checkpointing_uses_keep_and_warns_once() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     model.train()
-    with pytest.warns(UserWarning, match="'recompute' is 'keep' here: reentrant"):
+    with pytest.warns(UserWarning, match="'recompute' is 'keep' here: with reentrant checkpointing"):
         actual = gradients(model, inputs)
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name], grad, msg=name)
