@@ -5,11 +5,11 @@ variants except ``frozen`` are compared with the float64 oracle before they are 
 with its dropout off, and ``flare-joint-dropout`` with dropout 0.5. The variants are:
 
 - ``frozen``: the frozen products alone, forward and dx into one buffer.
-- ``peft-*``: the formula as an eager user would write it with PEFT's lora.Linear layers, because PEFT has no second
-  stream. PEFT's layers do the dropout, the scaling and the cast of x. The weights are inputs, so that they can rotate
-  (whole PEFT layers are measured in test_block.py and test_training_step.py). ``fp32-autocast`` has float32 adapters
-  under bf16 autocast (PEFT's default); all others have bf16 adapters. ``dropout`` has lora_dropout 0.1, and ``compile``
-  runs under torch.compile.
+- ``peft-*``: the formula written in eager PyTorch with PEFT's lora.Linear layers, because PEFT has no second stream.
+  PEFT's layers do the dropout, the scaling and the cast of x. Each call gets other weights, so that none is left in the
+  L2 cache (whole PEFT layers are measured in test_block.py and test_training_step.py). ``fp32-autocast`` has float32
+  adapters under bf16 autocast (PEFT's default); all others have bf16 adapters. ``dropout`` has lora_dropout 0.1, and
+  ``compile`` runs under torch.compile.
 - ``addmm-*``: plain PyTorch with addmm (this package's "torch" backend), each projection alone or both together.
 - ``flare-*``: the backend that the package chooses on this device. ``separate`` calls fused_lora for each projection.
   ``joint`` calls fused_lora_qkv with the frozen weights. This call also computes the frozen products and their dx, as
@@ -79,8 +79,8 @@ VARIANTS = (
 )
 _ORDERS = ("flare-frozen-first", "flare-adapter-first")
 CONDITIONS = (
-    "bf16, add_relu, forward + backward (dx, dA, dB), q and v adapted, frozen products included, "
-    "inputs rotated through twice the L2 cache"
+    "bf16, add_relu, forward + backward (dx, dA, dB), q and v adapted (except in frozen), frozen products included "
+    "(except in flare-adapter-only), inputs rotated through twice the L2 cache"
 )
 
 
@@ -192,7 +192,7 @@ def _variant(
 def _check_dropout(method: Method, without_dropout: Project, frozen: Frozen, inputs: Inputs) -> None:
     """Check PEFT's layers without dropout, then check that dropout changes every result except k.
 
-    The oracle cannot reproduce the masks that PEFT draws.
+    k has no adapter. The oracle cannot reproduce the masks that PEFT draws.
     """
     t = with_gradients(inputs, method.adapters)
     off = step(Method(without_dropout, method.adapters), t)

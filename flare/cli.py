@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from flare_kernels import __version__
 
-from .experiments.commands import bench, demo, error_messages, info, report
-from .experiments.commands.experiment import CHECK, EVALUATE, FINETUNE, PREDICT, TRAIN, TRANSLATE
+from .experiments.commands import bench, error_messages, info, report
+from .experiments.commands.experiment import CHECK, DEMO, EVALUATE, FINETUNE, PREDICT, TRAIN, TRANSLATE
 from .experiments.utils import extra
 from .experiments.utils.processes import is_main, prints_errors
 from .experiments.utils.progress import quiet_libraries_in_log_files
@@ -27,7 +27,7 @@ _ADD_PARSERS = (
     EVALUATE.add_parser,
     PREDICT.add_parser,
     report.add_parser,
-    demo.add_parser,
+    DEMO.add_parser,
     bench.add_parser,
     info.add_parser,
 )

@@ -45,9 +45,10 @@ def bucket(size: int, bounds: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """Key of an entry: a step, its operand class, the rank bucket, and the buckets of rows (tokens) and width.
+    """Key of an entry: a step, its operand class, the rank, and the indices of the buckets of rows (tokens) and width.
 
-    ``OPERAND_CLASSES`` in ``triton_ops/config.py`` explains operand classes.
+    The rank is rounded up to one of ``RANK_BUCKETS`` in ``triton_ops/config.py``, where ``OPERAND_CLASSES`` explains
+    operand classes.
 
     The width is the input's width (K) for shrink, grad_weight, grad_input and decode, and the widest output's width (N)
     for the other steps. The rank is the rank of one adapter (r) for expand, grad_bottleneck, decode and order, and the
@@ -164,7 +165,7 @@ def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
         if tiles[name] not in accepted:
             raise ValueError(f"tiles of {kernel}: {name}={tiles[name]} cannot be launched")
     if kernel.endswith("_decode") and tiles["BLOCK_R"] < key.rank:
-        raise ValueError(f"tiles of {kernel}: BLOCK_R={tiles['BLOCK_R']} is less than the rank, {key.rank}")
+        raise ValueError(f"tiles of {kernel}: BLOCK_R={tiles['BLOCK_R']} is less than the rank bucket, {key.rank}")
 
 
 def file_name(gpu: str) -> str:
@@ -179,7 +180,7 @@ def user_path(gpu: str) -> Path:
 
 
 def package_path(gpu: str) -> Path:
-    """Return the path of a table that is part of the package."""
+    """Return the path of the table that the package contains for this GPU, if it contains one."""
     return Path(__file__).parent / "tables" / file_name(gpu)
 
 

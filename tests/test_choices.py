@@ -48,7 +48,7 @@ def test_each_choice_is_fused_with_its_source(model, batch):
     torch.testing.assert_close(model(**without_masks).logits, one_by_one(model, without_masks))
 
 
-def test_choices_train_the_head_and_use_a_cache(model, batch):
+def test_multiple_choice_head_is_trainable_and_the_cache_is_used(model, batch):
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert any("classifier" in name for name in trained)
     expected = model(**batch).logits

@@ -88,7 +88,7 @@ def test_the_trainer_on_two_processes_equals_one_with_the_double_batch(task, tmp
 
 
 def generated(model: Any, latent: bool) -> Tensor:
-    """Return the tokens (B, n) that greedy generation appends to the prompts of rank 0's batch."""
+    """Return the prompts of rank 0's batch (B, m), each followed by four greedily generated tokens: (B, m + 4)."""
     inputs = {name: value for name, value in batch("llama", 0, latent).items() if name != "labels"}
     return model.generate(**inputs, max_new_tokens=4, do_sample=False)
 

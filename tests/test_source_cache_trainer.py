@@ -122,7 +122,7 @@ def test_a_base_model_changed_between_runs_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("task", ["bert", "llama"])
-def test_special_tokens_from_the_tokenizer_do_not_change_the_base_model(task, tmp_path) -> None:
+def test_special_tokens_copied_from_the_tokenizer_keep_the_cache_valid(task, tmp_path) -> None:
     model = flare_model(task)
     model.get_base_model().config.pad_token_id = None
     trainer = FlareTrainer(

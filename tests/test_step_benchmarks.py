@@ -92,7 +92,7 @@ def test_the_check_on_two_blocks_detects_a_wrong_kernel(padded: bool, monkeypatc
 
 
 def test_a_step_is_checked_at_full_size_with_the_initial_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting runs optimizer steps, which change the adapters. A later check must use the initial adapters."""
+    """``count`` runs optimizer steps, which change the adapters. A later ``check`` must use the initial adapters."""
     steps = module("steps")
     monkeypatch.setattr(steps, "methods_of", lambda shape: ("frozen", "lora", "flare"))
     variants = steps.build(step_shape("xlmr"), CPU)
@@ -198,7 +198,7 @@ def row_of(result: dict[str, Any], question: str, variant: str, padded: bool = F
     return row
 
 
-def test_adapter_share_is_computed_per_token(recorded: dict[str, Any]) -> None:
+def test_step_over_frozen_step_is_computed_per_token(recorded: dict[str, Any]) -> None:
     block = row_of(recorded, "step", "frozen")["counters"]["frozen_block_s"] / (4 * 32)  # tokens of the recorded step
     joint, frozen = (row_of(recorded, "projection", name)["median_s"] for name in ("flare-joint", "frozen"))
     share = (block + (joint - frozen) / 512) / block  # tokens of the recorded projection
@@ -244,7 +244,7 @@ def test_wall_over_device_prefers_the_captured_step_to_the_eager_step(recorded: 
     assert summarise([result])["targets"]["step_wall_over_device"]["xlmr"]["met"] is False
 
 
-def test_each_number_has_an_explanation(recorded: dict[str, Any]) -> None:
+def test_numbers_of_the_step_have_an_explanation(recorded: dict[str, Any]) -> None:
     summary = module("summary").summarise([recorded])
     names = {"step_wall_over_device", "adapter_share_of_frozen_step", "padded_step_vs_input_fusion"}
     for name in names | {"graphed_step_vs_lora"}:

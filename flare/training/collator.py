@@ -106,10 +106,10 @@ class FlareDataCollator:
             happen to be as long as its inputs.
         require_source: False accepts rows without ``source_input_ids`` and makes a batch without a source from them.
         label_pad_token_id: the value of padding in labels.
-        widths: the smallest numbers of columns of a batch: before the aligned index, from the aligned index on, and in
-            the decoder's sequences. max_length takes precedence over the first two. The aligned index is where the
-            answers of causal rows start. For other rows it is the start of texts that are padded on the right, and the
-            end of texts that are padded on the left. :meth:`fitted` computes the numbers.
+        widths: three minimum numbers of columns of a batch: before the aligned index, from the aligned index on, and in
+            the decoder's sequences. :meth:`fitted` computes them. The aligned index is where the answers of causal rows
+            start. For other rows it is the start of texts that are padded on the right, and the end of texts that are
+            padded on the left. max_length takes precedence over the first two numbers.
         vocab_size: a token id at or above this number raises an error. FlareTrainer sets it to the model's number of
             embeddings.
         model: for layout "seq2seq": the model that makes ``decoder_input_ids`` from the labels, as in
@@ -258,7 +258,7 @@ class FlareDataCollator:
         return text
 
     def _latent_text(self, row: dict[str, Any], index: int, layout: str) -> Text:
-        """Return FLARE MT's states of one row as a text, in which state i has the id -2 - i."""
+        """Return FLARE MT's states of one row as a text of ids: the id of state i is -2 - i, which no token has."""
         states = row["source_states"]
         if not isinstance(states, Tensor) or states.dim() != 2:
             shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__

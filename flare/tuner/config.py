@@ -33,7 +33,8 @@ _VARIANTS = (
     "target_parameters",
 )
 
-# Prefixes of init_lora_weights (for example, pissa_niter_4) that subtract the initial B A from the base weights.
+# Initialisations (prefixes of init_lora_weights, such as pissa_niter_4) that subtract the initial B A from the base
+# weights.
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 _PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`. It reads only the input text, and can be merged into the
@@ -86,8 +87,8 @@ class FlareConfig(LoraConfig):
         r (int): Rank of the adapter.
         lora_alpha (int): LoRA's alpha. The adapter's output is scaled by lora_alpha / r.
         fusion (str, optional): phi(S, T), which combines the rank-r projections of source (S) and target (T): 'add',
-            'mul', 'add_relu' or 'mul_relu'; None for plain LoRA. Without fused kernels: 'cross_attention', and
-            'matmul' and 'matmul_relu' of the authors' release.
+            'mul', 'add_relu' or 'mul_relu'; None for plain LoRA. 'cross_attention', and 'matmul' and 'matmul_relu'
+            of the authors' release, run in eager PyTorch.
         source_layer_offset (int): 1 (the paper): block i fuses with the source's output of block i. 0 (the authors'
             release): block i fuses with the source's input of block i.
         source_padding (str): 'keep' (as in the authors' release): padding positions of the source contribute their
@@ -99,8 +100,8 @@ class FlareConfig(LoraConfig):
             'keep' if the states take at most an eighth of the device's memory, otherwise 'recompute' if possible.
         fusion_modules (list[str] | str, optional): LoRA target modules that fuse, by name or full path. None: the query
             and value projections of self-attention.
-        cross_attention_heads (int): Number of heads of fusion='cross_attention'; must divide r. The query, key and
-            value layers are initialised as torch.nn.Linear, and B with zeros as in LoRA.
+        cross_attention_heads (int): Number of heads of fusion='cross_attention'; must divide r. Its query, key
+            and value layers are initialised as torch.nn.Linear, and B with zeros as in LoRA.
         cross_attention_mask (bool): Only for fusion='cross_attention'. False (the authors' release): every position
             attends to all positions of the target, including padding and later ones. True: padding is masked and, if
             the model's attention is causal, so are later positions.

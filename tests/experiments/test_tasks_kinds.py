@@ -48,7 +48,7 @@ def labels_of(rows, task):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_tags_are_names_indices_or_class_label_numbers():
+def test_tags_of_a_file_are_names_or_indices_and_tags_of_the_hub_are_numbers():
     task = get_task("token-classification", labels=TAGS)
     rows = [
         {"tokens": ["Nelson", "Mandela", "came"], "ner_tags": ["B-PER", "I-PER", "O"]},

@@ -53,7 +53,7 @@ def test_a_long_text_is_split_at_sentence_ends():
     ]
     assert "".join(sentence + space for sentence, space in sentences(text)) == text
     plan = make_plan([text, "short"], word_counts, limit=5, batch_tokens=100)
-    # a piece holds as many sentences as fit; if no space follows the sentence before a split, a space is added
+    # A piece holds as many sentences as fit. Where two sentences without a space between them are split, join adds one.
     assert plan.pieces == ('One two three. "Four five!"', "Six seven eight nine? 十。", "十一。Ten", "short")
     assert plan.join(plan.pieces) == [text.replace("十。十", "十。 十"), "short"]
 

@@ -22,7 +22,7 @@ from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.config import FORMS, NARROW, TileConfig, can_run
 
 #: Length of the summed axis, length of the other axis, rank R, (dtype of activations, dtype of A and B). The summed
-#: axis is the input width K for shrink, and the number of tokens M for grad_weight and dB.
+#: axis is the input width K for shrink, and the number of tokens M for grad_weight and grad_bottleneck's dB.
 CASES: list[tuple[int, int, int, tuple[torch.dtype, torch.dtype]]] = [
     (131, 19, 5, (F32, F32)),
     (136, 24, 24, (BF16, BF16)),  # rows have a multiple of 16 bytes, as tensor descriptors require

@@ -19,7 +19,7 @@ LEAVES = ("x", "base_output", "lora_A", "lora_B", "x_source", "source_bottleneck
 def make(
     lead: tuple[int, ...], d: int, n: int, r: int, dtype: torch.dtype, device: torch.device, adapter_dtype=None
 ) -> dict[str, Tensor]:
-    """Return random inputs with a non-zero B. Tests that need S instead of x_source compute it."""
+    """Return random inputs with a non-zero B. They have no S: tests of source_bottleneck add it."""
 
     def randn(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) * scale).to(device, to)
@@ -240,7 +240,7 @@ def test_base_output_is_overwritten_only_if_it_is_not_shared(device) -> None:
 def test_only_the_necessary_tensors_are_saved(M, fusion, device) -> None:
     """Besides A and B, only x, x_source, T, S, and B in the compute dtype (if it is small next to x) are saved.
 
-    For "add", T + S is saved instead of T and S. Without fusion, x_source and S do not exist.
+    For "add", T + S is saved instead of T and S. Without fusion, x_source is not read, and there is no S.
     """
     d, r = 256, 8
     inputs = make((M,), d, d, r, torch.bfloat16, device, torch.float32)
@@ -285,7 +285,7 @@ def test_double_backward_is_refused(device) -> None:
         grad.sum().backward()
 
 
-def test_select_backend_returns_the_backend_of_auto() -> None:
+def test_select_backend_returns_the_backend_that_auto_uses() -> None:
     assert flare_kernels.select_backend("cpu", torch.float32) == "torch"
     assert flare_kernels.select_backend("cuda:0" if torch.cuda.is_available() else "cpu", torch.float64) == "torch"
     assert flare_kernels.select_backend("cpu", torch.float32, "matmul") == "reference"

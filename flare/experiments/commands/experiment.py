@@ -1,4 +1,5 @@
-"""Define the commands that have a settings class: finetune, translate, check, train, evaluate and predict."""
+"""Define the commands that have a settings class: finetune, translate, check, train, evaluate, predict and
+demo."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..demo.demo_settings import DemoSettings
 from ..prediction.predict_settings import PredictSettings
 from ..runs.run_settings import NAMES, CheckSettings, EvaluateSettings, FinetuneSettings, TrainSettings
 from ..translation.translate_settings import TranslateSettings
@@ -32,6 +34,7 @@ class SettingsCommand:
         work: function that runs the command, called with an object of the settings class.
         after_interrupt: message after Ctrl-C, which says what is kept and how to resume. The command line replaces
             ``{command}`` in it.
+        epilog: text after the options in its own --help. None: the list of tasks (`task_list`).
         shared: names of options that several commands may read from one --config file. If this command lacks such an
             option, it skips the option.
     """
@@ -42,6 +45,7 @@ class SettingsCommand:
     help: str
     description: str
     after_interrupt: str
+    epilog: str | None = None
     shared: Collection[str] = NAMES
 
     def add_parser(self, commands: Any) -> None:
@@ -50,7 +54,7 @@ class SettingsCommand:
             self.name,
             help=self.help,
             description=self.description,
-            epilog=task_list(),
+            epilog=task_list() if self.epilog is None else self.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -102,6 +106,12 @@ def _translate(settings: TranslateSettings) -> None:
 
         logging.disable_progress_bar()  # the bar that transformers shows while it loads weights
     run_translate(settings, print_line)
+
+
+def _demo(settings: DemoSettings) -> None:
+    from ..demo import run_demo
+
+    run_demo(settings, print_line)
 
 
 def _check(settings: CheckSettings) -> None:
@@ -221,4 +231,23 @@ An interrupted command resumes if it is repeated. See docs/predicting.md.""",
     after_interrupt="""\
 Finished batches are kept next to the output. Resume with the same command:
   {command}""",
+)
+
+DEMO = SettingsCommand(
+    name="demo",
+    settings=DemoSettings,
+    work=_demo,
+    help="compare zero-shot, LoRA, input-level fusion and FLARE in a few minutes",
+    description="""\
+Compare cross-lingual transfer by zero-shot, plain LoRA, input-level fusion and FLARE.
+Without --model and --data it takes a few minutes on a CPU, on a small generated parallel corpus.
+Where a default is written A / B, A is the default for this corpus and B the default for real data.""",
+    after_interrupt="""\
+Finished rows are in results.json in the output folder, and a finished base model is kept. The demo does not resume:
+if you repeat the command, it starts again and moves these results to earlier-N.
+  {command}""",
+    epilog="""\
+example on real data:
+  flare demo --model PATH_OR_HUB_ID --data FOLDER_OR_HUB_ID --source english --target acehnese""",
+    shared=(),
 )

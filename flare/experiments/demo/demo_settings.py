@@ -1,8 +1,10 @@
 """The options of `flare demo`: their defaults, and the checks of their values."""
 
+# ruff: noqa: RUF009 - option() is a dataclass field
+
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from flare_kernels import FUSIONS
 
 from ..utils.errors import UserError
 from ..utils.names import checked_text, folder_name
+from ..utils.options import flag, option
 
 
 class DemoError(UserError, ValueError):
@@ -21,53 +24,48 @@ class DemoSettings:
     """Options of the demo.
 
     The demo runs on the embedded corpus, which it generates, or on real data. `resolved` replaces None in the fields
-    that `EMBEDDED` (for the embedded corpus) or `REAL` (for real data) lists. Other fields may stay None, with
-    the meaning given below.
-
-    Attributes:
-        output: folder for results.json, run.json, table.md and results.png.
-        seeds: number of seeds; the seeds are 0, 1, and so on.
-        model: folder or hub id of a transformers model. None: a tiny BERT that the demo pre-trains (the embedded base).
-        data: folder or hub id of parallel data. None: the embedded corpus.
-        source, target: two languages of `data`: the base model is fine-tuned on `source`, and the adapters are trained
-            for `target`. None for the embedded corpus.
-        fusion: FLARE's fusion function.
-        r, alpha, epochs, batch_size, lr, max_length: hyper-parameters of the adapters, equal for every method.
-        finetune_epochs, finetune_lr, finetune_batch_size: hyper-parameters of the fine-tuning of all weights of the
-            base model on the source language.
-        noise: share of damaged words in the noisy source. 0: no method is run with a noisy source.
-        rows: use at most this many rows of every part of the data, for a quick run. None: all rows.
-        pretrain_steps: number of steps of masked-language modelling that pre-train the embedded base. None: 500.
-        cache_dir: folder that keeps the embedded base. None: $XDG_CACHE_HOME/flare-kernels, or
-            ~/.cache/flare-kernels if that variable is not set.
-        threads: number of CPU threads. None: 1 for the embedded base, PyTorch's choice for a real model.
-        overwrite: replace earlier results in `output` instead of moving them to a sub-folder.
-        progress: show progress bars.
+    that `EMBEDDED` (for the embedded corpus) or `REAL` (for real data) lists.
     """
 
-    output: Path = Path("flare-demo")
-    seeds: int = 3
-    model: str | None = None
-    data: str | None = None
-    source: str | None = None
-    target: str | None = None
-    fusion: str = "add_relu"
-    r: int | None = None
-    alpha: float | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    max_length: int | None = None
-    finetune_epochs: int | None = None
-    finetune_lr: float | None = None
-    finetune_batch_size: int | None = None
-    noise: float = 0.15
-    rows: int | None = None
-    pretrain_steps: int | None = None
-    cache_dir: Path | None = None
-    threads: int | None = None
-    overwrite: bool = False
-    progress: bool = True
+    output: Path = option(
+        "path", "folder for results.json, a table and a figure (default: flare-demo)", Path("flare-demo"), group="run"
+    )
+    seeds: int = option("int", "number of seeds (default: 3)", 3)
+    overwrite: bool = option(
+        "bool", "replace earlier results in the folder (default: move them to its sub-folder earlier-N)", False
+    )
+    rows: int | None = option("int", "use at most N rows of every split, for a quick test")
+    threads: int | None = option("int", "CPU threads (default: 1 / PyTorch's choice)")
+    cache_dir: Path | None = option(
+        "path",
+        "folder that keeps the pretrained base of the generated corpus (default: flare-kernels in $XDG_CACHE_HOME or "
+        "~/.cache)",
+    )
+    progress: bool = option("bool", "show progress bars", True)
+
+    model: str | None = option("str", "folder or hub id of a transformers model", group="real data and a real model")
+    data: str | None = option(
+        "str", "hub id, or folder with one sub-folder per language that holds train.csv and test.csv (id, text, label)"
+    )
+    source: str | None = option("str", "language that the base is fine-tuned on", metavar="LANGUAGE")
+    target: str | None = option("str", "language that the adapters are trained for", metavar="LANGUAGE")
+
+    fusion: str = option(
+        "str", f"{', '.join(FUSIONS)} (default: add_relu)", "add_relu", metavar="NAME", group="hyper-parameters"
+    )
+    noise: float = option("float", "share of damaged words in the noisy source; 0: no noisy rows (default: 0.15)", 0.15)
+    r: int | None = option("int", "rank of the adapters (default: 16 / 64)")
+    alpha: float | None = option("float", "lora_alpha of the adapters (default: 32 / 128)")
+    epochs: int | None = option("int", "epochs of training the adapters (default: 10 / 8)")
+    batch_size: int | None = option("int", "rows per step (default: 32 / 32)")
+    lr: float | None = option("float", "learning rate of the adapters (default: 5e-3 / 1e-3)")
+    max_length: int | None = option("int", "tokens per text (default: 24 / 64)")
+    finetune_epochs: int | None = option("int", "epochs of fine-tuning on the source language (default: 15 / 5)")
+    finetune_batch_size: int | None = option("int", "rows per step of fine-tuning (default: 32 / 16)")
+    finetune_lr: float | None = option("float", "learning rate of fine-tuning (default: 1e-3 / 5e-5)")
+    pretrain_steps: int | None = option(
+        "int", "pretraining steps (masked language modelling) of the base of the generated corpus (default: 500)"
+    )
 
     @property
     def embedded(self) -> bool:
@@ -85,15 +83,15 @@ class DemoSettings:
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def _check(self) -> None:
-        for name in ("seeds", "r", "batch_size", "rows", "threads", "finetune_batch_size"):
+        for name in ("seeds", "r", "epochs", "batch_size", "rows", "threads", "finetune_batch_size"):
             _at_least(self, name, 1)
-        for name in ("epochs", "finetune_epochs", "pretrain_steps"):
-            _at_least(self, name, 0 if name != "epochs" else 1)
+        for name in ("finetune_epochs", "pretrain_steps"):
+            _at_least(self, name, 0)
         _at_least(self, "max_length", 4)
         for name in ("alpha", "lr", "finetune_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise DemoError(f"{option(name)} must be greater than 0; got {value}")
+                raise DemoError(f"{flag(name)} must be greater than 0; got {value}")
         if not 0.0 <= self.noise < 1.0:
             raise DemoError(f"--noise must be a share of words, from 0 up to but not including 1; got {self.noise}")
         if self.fusion not in FUSIONS:
@@ -107,22 +105,22 @@ class DemoSettings:
         for name in ("source", "target"):
             if self.data is not None and getattr(self, name) is None:
                 raise DemoError(
-                    f"{option(name)} is missing: name a language of {self.data}, for instance "
-                    f"{option(name)} {'english' if name == 'source' else 'acehnese'}"
+                    f"{flag(name)} is missing: name a language of {self.data}, for instance "
+                    f"{flag(name)} {'english' if name == 'source' else 'acehnese'}"
                 )
             if self.data is None and getattr(self, name) is not None:
                 raise DemoError(
-                    f"{option(name)} needs --model and --data; the embedded corpus has only one language pair"
+                    f"{flag(name)} needs --model and --data; the embedded corpus has only one language pair"
                 )
         for name in ("source", "target"):
             try:
-                folder_name("-" if getattr(self, name) is None else getattr(self, name), option(name))
+                folder_name("-" if getattr(self, name) is None else getattr(self, name), flag(name))
             except UserError as error:
                 raise DemoError(str(error)) from None
         for name in ("model", "data", "output", "cache_dir"):
             try:
                 if getattr(self, name) is not None:
-                    checked_text(str(getattr(self, name)), option(name))
+                    checked_text(str(getattr(self, name)), flag(name))
             except UserError as error:
                 raise DemoError(str(error)) from None
         if self.data is not None and self.pretrain_steps is not None:
@@ -159,13 +157,7 @@ REAL = {
 }
 
 
-def option(name: str) -> str:
-    """Return the command-line flag of a field."""
-    assert name in {item.name for item in fields(DemoSettings)}, name
-    return "--" + name.replace("_", "-")
-
-
 def _at_least(settings: DemoSettings, name: str, least: int) -> None:
     value = getattr(settings, name)
     if value is not None and value < least:
-        raise DemoError(f"{option(name)} must be {least} or more; got {value}")
+        raise DemoError(f"{flag(name)} must be {least} or more; got {value}")

@@ -70,8 +70,8 @@ class SourcePrompts:
 
         Raises:
             UserError: the document has no source, a source text is empty, ``columns`` names a column that the document
-                or its source lacks, both have different numbers of texts in such a column, or the prompt lacks the
-                texts to replace or contains one of them more than once.
+                or its source lacks, a column has different numbers of texts in the document and in its source, or
+                the prompt lacks the texts to replace or contains one of them more than once.
         """
         where = f"task {request.task_name}, document {request.doc_id}"
         context = str(request.args[0])

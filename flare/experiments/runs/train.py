@@ -282,8 +282,8 @@ class _Run:
     def _valid(self) -> tuple[list[Pair] | None, list[str]]:
         """Return the validation pairs, or None if there is no validation split, and notes about them.
 
-        The pairs have the source text and the target text (gold or machine-translated) of the training. With
-        --train-only-fusion, they have no source text.
+        The texts of the pairs are gold or machine-translated, as in training. With --train-only-fusion, the pairs have
+        no source text.
         """
         plan = self.plan
         language = self.data.source if plan.target_text == "mt" else plan.target

@@ -53,12 +53,20 @@ _UNITS = {
 _NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float}
 
 
-def option(kind: str, help: str, default: Any = None, choices: Sequence[str] | None = None, metavar: str = "") -> Any:
+def option(
+    kind: str,
+    help: str,
+    default: Any = None,
+    choices: Sequence[str] | None = None,
+    metavar: str = "",
+    group: str = "",
+) -> Any:
     """Return a field of a settings class.
 
     kind: "str", "int", "float", "path", "bool", "map" (KEY=VALUE ...), or a plural ("strs", "ints") for several values.
+    group: heading in the help text for this option and the options after it. "": the heading of the option before.
     """
-    shown = {"kind": kind, "help": help, "choices": choices, "metavar": metavar}
+    shown = {"kind": kind, "help": help, "choices": choices, "metavar": metavar, "group": group}
     return field(default_factory=dict, metadata=shown) if kind == "map" else field(default=default, metadata=shown)
 
 
@@ -87,10 +95,12 @@ def parse_bytes(text: str | None, where: str) -> int | None:
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool) -> None:
     """Add the options of a settings class to a parser. Options that the user omits are missing in the parsed result."""
-    group = parser.add_argument_group("options")
+    group = None
     for one in fields(kind):
         if "kind" not in one.metadata:
             continue
+        if one.metadata["group"] or group is None:
+            group = parser.add_argument_group(one.metadata["group"] or "options")
         type_name, shown = one.metadata["kind"], one.metadata
         more: dict[str, Any] = {"help": shown["help"], "default": argparse.SUPPRESS, "dest": one.name}
         if type_name == "bool":
@@ -108,7 +118,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool
         else:
             more["choices"] = list(shown["choices"])
         group.add_argument(flag(one.name), type=_NUMBERS.get(type_name.removesuffix("s"), str), **more)
-    group.add_argument(
+    parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with these options; flags override it"
     )
     if training:
