@@ -46,12 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Set the timer of every test. With --part, deselect the cases of other parts and skip cases that have results."""
+    """Set the timer of each benchmark. With --part, deselect cases of other parts and skip cases that have results."""
     part = config.getoption("--part")
     part_cases = None if part is None else sweep.cases_of(part)
     finished = set() if part is None else results.finished_cases(sweep.result_folders())
     selected = []
     for item in items:
+        if not item.path.is_relative_to(Path(__file__).parent):  # `pytest tests benchmarks` collects the tests too
+            selected.append(item)
+            continue
         item.add_marker(pytest.mark.benchmark(timer=_CLOCK))
         case = getattr(getattr(item, "callspec", None), "params", {}).get("shape")
         if case is not None and part_cases is not None and case.case not in part_cases:

@@ -74,7 +74,7 @@ def _kernels(device: Any) -> None:
 def _decoding(device: Any) -> None:
     import shapes
     import torch
-    from test_generation import decode_fused, decode_inputs
+    from test_decoding import decode_fused, decode_inputs
 
     with torch.no_grad():
         for shape in shapes.decoding(shapes.grid()):

@@ -72,7 +72,7 @@ if [ -n "$DRY" ]; then
   bench 0 "whole steps" steps.json benchmarks/test_training_step.py -k "step/xlmr"
   bench 0 "projections" projections.json benchmarks/test_projection.py -k "xlmr-qv"
   [ -e /dev/nvidiactl ] && tune 0 --shapes xlm-r-large --tokens 512 --ranks 8 # a CPU has nothing to tune
-  bench 0 "more" more.json benchmarks/test_generation.py benchmarks/test_host_time.py -k "decode/xlmr/M1- or host/xlmr/plain"
+  bench 0 "more" more.json benchmarks/test_decoding.py benchmarks/test_host_time.py -k "decode/xlmr/M1- or host/xlmr/plain"
 else
   CORES=$(nproc)
   "$PYTHON" -c 'import xdist' 2> /dev/null && WORKERS="-n $((CORES < 16 ? CORES : 16))"
@@ -84,7 +84,7 @@ else
   bench 60 "projections" projections.json benchmarks/test_projection.py
   bench 90 "whole steps, padded" padded.json benchmarks/test_training_step.py -k padded
   tune 125 --budget 110
-  bench 70 "more" more.json benchmarks/test_host_time.py benchmarks/test_generation.py benchmarks/test_kernels.py \
+  bench 70 "more" more.json benchmarks/test_host_time.py benchmarks/test_decoding.py benchmarks/test_kernels.py \
     benchmarks/test_block.py
   if [ -s "$RESULTS/launch-table.json" ]; then
     FLARE_LAUNCH_TABLE="$RESULTS/launch-table.json" bench 50 "projections, tuned here" projections-tuned.json \

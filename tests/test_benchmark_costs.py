@@ -134,7 +134,7 @@ def test_every_row_of_a_result_file_is_shown() -> None:
 def test_every_method_has_a_description(monkeypatch: pytest.MonkeyPatch) -> None:
     names = importlib.import_module("costs")
     models, projection = importlib.import_module("models"), importlib.import_module("test_projection")
-    fast, generation = importlib.import_module("fast_steps"), module_at(BENCHMARKS / "test_generation.py")
+    fast, generation = importlib.import_module("fast_steps"), module_at(BENCHMARKS / "test_decoding.py")
     methods = {*models.METHODS, *fast.CAPTURED, *fast.COMPILED}
     rows = [("step", method) for method in methods] + [("projection", method) for method in projection.VARIANTS]
     rows += [("generate", provider.name) for provider in generation.PROVIDERS]

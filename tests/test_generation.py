@@ -170,6 +170,8 @@ def test_generation_continues_from_a_cache() -> None:
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
     continuation = {"input_ids": first.sequences, "attention_mask": mask, "max_new_tokens": 3, "pad_token_id": 1}
     assert torch.equal(model.generate(**continuation, past_key_values=cache, do_sample=False), sequences)
+    with pytest.raises(ValueError, match="needs the target's token ids or embeddings"):
+        model(past_key_values=cache)
     cache.crop(-2)
     with pytest.raises(ValueError, match=r"past_key_values holds 10 positions, but its source has been used for 12"):
         model(input_ids=sequences[:, -1:], past_key_values=cache)

@@ -109,7 +109,11 @@ class SourceDecoding:
                 "past_key_values: other adapters were active when this generation began; start again without "
                 "past_key_values"
             )
-        if shape is None or past != self.used:
+        if shape is None:
+            raise ValueError(
+                "past_key_values has a source, so the forward pass needs the target's token ids or embeddings"
+            )
+        if past != self.used:
             raise ValueError(
                 f"past_key_values holds {past} positions, but its source has been used for {self.used} positions. A "
                 "cache with a source can only be extended; it cannot be cropped, reset or used twice. Start again "

@@ -21,11 +21,11 @@ _LETTERS = {"BLOCK_M": "M", "BLOCK_K": "K", "BLOCK_N": "N", "num_warps": " w", "
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of a step and the tiles of its kernels. ``by_rule``: whether the tiles are the general rule's."""
+    """A form of a step and the tiles of its kernels. ``by_rule``: whether form and tiles are the general rule's."""
 
     form: str
     tiles: Mapping[str, TileConfig] = field(default_factory=dict)
-    by_rule: bool = True
+    by_rule: bool = False
 
     def forced(self) -> AbstractContextManager[None]:
         """Return a context in which the step runs as this variant."""
@@ -55,8 +55,8 @@ def variants(problem: Problem, shared_bytes: int, capability: int) -> Iterator[V
             continue
         options = {name: list(candidates(name, key.operands, key.rank, shared_bytes)) for name in kernels}
         rule = {name: configs[0] for name, configs in options.items()}
-        yield Variant(form, rule)
+        yield Variant(form, rule, by_rule=form == next(iter(FORMS[problem.step])))
         for name, configs in options.items():
             for tiles in configs[1:]:
                 if least_shared_bytes(name, tiles) <= shared_bytes:
-                    yield Variant(form, rule | {name: tiles}, by_rule=False)
+                    yield Variant(form, rule | {name: tiles})

@@ -133,6 +133,10 @@ def test_inferred_labels_are_shown_before_training(tmp_path, capsys):
         ["1", "neutral", "3"],
     ]
     assert shown_labels(task, tmp_path, "english")[1] == []
+    (tmp_path / "ner" / "english").mkdir(parents=True)
+    (tmp_path / "ner" / "english" / "train.jsonl").write_text('{"id": 0, "tokens": ["in", "Lagos"], "tags": "O B-LOC"}')
+    table = shown_labels(get_task("token-classification", label_column="tags"), tmp_path / "ner", "english")[1]
+    assert [line.split() for line in table[1:3]] == [["index", "label", "words"], ["0", "O", "1"]]
 
     data, model = write_data(tmp_path / "data"), write_bert(tmp_path / "bert")
     words = ("finetune", "--task", "classification", "--data", data, "--model", model, "--output", tmp_path / "runs")

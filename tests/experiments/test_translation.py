@@ -153,7 +153,9 @@ def test_invalid_models_dtypes_and_limits_are_refused(tmp_path, nllb, minilm):
         TranslationModel(str(minilm))
     with pytest.raises(TranslationError, match="--dtype must be one of"):
         TranslationModel(nllb.name, dtype="float8")
-    with pytest.raises(TranslationError, match=r"--max-length must be from 8 up to 64 .* got 500"):
+    with pytest.raises(
+        TranslationError, match=r"--max-length must be 8 or more, and at most 64, the limit of this model; got 500"
+    ):
         Translator(nllb, "eng_Latn", "ace_Latn", max_length=500)
 
 

@@ -48,6 +48,9 @@ def test_answers_that_cannot_be_marked_have_a_reason(context, answer, reason):
         ("a [[ Paris ]]", "a Paris", "Paris"),
         ("塔在【巴黎】。", "塔在巴黎。", "巴黎"),
         ("塔在[ 巴黎 ]里", "塔在巴黎里", "巴黎"),
+        ("อยู่ใน[ ปารีส ]ครับ", "อยู่ในปารีสครับ", "ปารีส"),
+        ("ማማው[ ፓሪስ ]ውስጥ", "ማማው ፓሪስ ውስጥ", "ፓሪስ"),
+        ("탑은 [ 파리 ]에", "탑은 파리에", "파리"),
         ("e l'[Hôtel de ville], là", "e l'Hôtel de ville, là", "Hôtel de ville"),
     ],
 )

@@ -175,10 +175,11 @@ def test_variants_are_all_supported_forms_with_tiles_that_fit(monkeypatch) -> No
     (problem,) = [problem for problem in problems if problem.step == "grad_weight"]
     all_variants = list(variants(problem, LARGE, 90))
     assert list(dict.fromkeys(v.form for v in all_variants)) == list(forms)
-    assert all_variants[0].by_rule and sum(v.by_rule for v in all_variants) == len(forms)
+    assert [v.by_rule for v in all_variants] == [True] + [False] * (len(all_variants) - 1)
     for variant in all_variants:
         for kernel, tiles in variant.tiles.items():
-            assert variant.by_rule or least_shared_bytes(kernel, tiles) <= LARGE
+            by_rule = tiles == config.choose(kernel, problem.key.operands, problem.key.rank, LARGE)
+            assert by_rule or least_shared_bytes(kernel, tiles) <= LARGE
     sizes = {
         (v.tiles["grad_weight"].BLOCK_K, v.tiles["grad_weight"].num_stages) for v in all_variants if v.form == "triton"
     }
@@ -316,6 +317,10 @@ def test_the_tuner_chooses_the_fastest_valid_variant(monkeypatch, device) -> Non
         slow = search.tune_one(problem, device, simulated_timer(lambda mode: us(mode, factor=9.0)), 1e3)
         assert slow.best == Variant("torch") and slow.entry(slow.best).tiles == {}
         assert slow.us["torch"] == 50.0 and slow.us["triton"] == 9 * 13.0
+        with monkeypatch.context() as patch:  # no tiles of "triton" are valid
+            patch.setattr(search.Check, "__call__", lambda self, run: launch_mode.current.forced_form == "torch")
+            only_torch = search.tune_one(problem, device, simulated_timer(us), 1e3)
+        assert only_torch.us == {"torch": 50.0}, "torch is not the general rule's form"
 
 
 def test_the_table_is_saved_after_each_entry_and_has_the_lower_bounds(monkeypatch, device, tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ def inferred_tags(rows: Sequence[Example]) -> dict[str, int]:
     return {tag: counts[tag] for tag in ("O", *(f"{mark}-{name}" for name in types for mark in "BI"))}
 
 
-def label_table(counts: dict[str, int]) -> list[str]:
-    """Return the lines of a table with the columns index, label and rows."""
+def label_table(counts: dict[str, int], counted: str = "rows") -> list[str]:
+    """Return the lines of a table of labels, with the columns index, label and what the counts are of."""
     width = max(map(len, (*counts, "label")))
-    head = f"{'index':>5}  {'label':<{width}}  {'rows':>7}"
+    head = f"{'index':>5}  {'label':<{width}}  {counted:>7}"
     return [head, *(f"{index:>5}  {label:<{width}}  {n:>7}" for index, (label, n) in enumerate(counts.items()))]
 
 

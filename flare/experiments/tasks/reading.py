@@ -83,8 +83,10 @@ def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]
     if task.kind not in NAMED or task.labels is not None:
         return task, []
     rows, where = read_split(task, data, language, "train"), f"{data or task.hub_id}, {language}/train"
-    counts = inferred_tags(rows) if task.kind == "token-classification" else inferred_labels(rows, where)
-    table = [f"labels, taken from the {language} training rows (--labels sets them):", *label_table(counts)]
+    tags = task.kind == "token-classification"
+    counts = inferred_tags(rows) if tags else inferred_labels(rows, where)
+    heading = f"labels, taken from the {language} training rows (--labels sets them):"
+    table = [heading, *label_table(counts, "words" if tags else "rows")]
     return task.with_labels(list(counts)), table
 
 

@@ -7,6 +7,7 @@ the translated answer. If the translation lost, doubled or reordered the marks, 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from ..tasks import Answer
@@ -18,6 +19,12 @@ PAIRS = (("[", "]"), ("{", "}"), ("<", ">"), ("«", "»"))
 _VARIANTS = {"[": "［【《", "]": "］】》"}
 
 _NO_SPACE_BEFORE = (".", ",")
+# First words of the Unicode names of letters in scripts that write no space between words. Korean separates words, but
+# its particles follow a name without a space.
+_WITHOUT_SPACES = (
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "TAI ", "NEW TAI LUE", "JAVANESE", "BALINESE"),
+    *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "HANGUL", "FULLWIDTH", "HALFWIDTH"),
+)
 
 NO_ANSWER = "no answer"
 NOT_FOUND = "the answer is not at its place in the text"
@@ -125,5 +132,5 @@ def _without_extra_spaces(before: str, after: str) -> tuple[str, str]:
 
 
 def _separates_words(character: str) -> bool:
-    """Return whether a character is a letter or digit below U+0E00 (Thai), where scripts put spaces between words."""
-    return character.isalnum() and ord(character) < 0x0E00
+    """Return whether a character is a letter or digit of a script that puts spaces between words."""
+    return character.isalnum() and not unicodedata.name(character, "").startswith(_WITHOUT_SPACES)

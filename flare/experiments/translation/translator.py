@@ -247,6 +247,8 @@ def _limit(option: str, value: int | None, maximum: int | None, default: int, mi
         return min(default, maximum or default)
     if value < minimum or (maximum is not None and value > maximum):
         raise TranslationError(
-            f"--{option} must be from {minimum} up to {maximum or 'any number'} for this model; got {value}"
+            f"--{option} must be {minimum} or more"
+            + ("" if maximum is None else f", and at most {maximum}, the limit of this model")
+            + f"; got {value}"
         )
     return value
