@@ -51,7 +51,7 @@ def test_a_missing_package_is_named_with_its_install_command(monkeypatch, packag
         assert capabilities.optional_versions()[package] == "not installed"
 
 
-def test_without_a_cuda_device_plain_pytorch_runs(monkeypatch) -> None:
+def test_without_a_cuda_device_the_reasons_say_what_runs_instead(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     by_name = without(monkeypatch)
     reason = by_name["Triton kernels"].reason

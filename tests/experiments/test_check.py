@@ -93,7 +93,8 @@ def test_reported_lengths_and_vocabulary_match_the_tokenizer(place, tmp_path, ca
 def test_each_problem_in_the_data_is_warned_about(place, tmp_path, capsys):
     """The data have unpaired rows, equal texts in both languages, and test texts that are also training texts.
 
-    They also have a label that no training row has, words that the tokenizer does not know, and too much padding.
+    They also have a label that no training row has, a label that all training rows have, and words that the tokenizer
+    does not know. With --padding max_length, the batches have too much padding.
     """
     for language in ("english", "vemari"):
         for split, (start, end) in {"train": (0, 14), "test": (9, 21)}.items():

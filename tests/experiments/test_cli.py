@@ -72,7 +72,7 @@ def test_bench_errors_name_the_option(capsys, tmp_path, arguments, words):
         assert word in err
 
 
-def test_bench_runs_the_benchmarks_of_the_checkout(capfd):
+def test_bench_finds_the_benchmarks_of_the_checkout(capfd):
     status, out, _ = run(capfd, "bench", "--", "--collect-only", "-q", "-p", "no:cacheprovider")
     assert status == 0
     assert "test_projection.py" in out

@@ -76,8 +76,8 @@ def test_the_two_languages_share_only_the_full_stop():
     assert 55 <= len(words) <= 70
 
 
-def test_both_languages_have_the_same_content_words(corpus):
-    """The Vemari sentence has one word for each English word except "was", "not" and "never"."""
+def test_the_words_of_a_sentence_pair_correspond(corpus):
+    """The Vemari sentence has one word for each word of the English sentence except "was", "not" and "never"."""
     ending = ("ul", "ik", "em")
     for row in corpus.train:
         stems = Counter(vemari_word(word) for word in row.source.split() if word not in ("was", "not", "never", "."))

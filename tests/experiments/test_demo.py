@@ -54,7 +54,7 @@ def test_results_are_a_list_of_rows(demo):
         assert row["fusion"] == ("add_relu" if row["method"] == "flare" else None)
 
 
-def test_flare_saves_more_bytes_than_lora_and_fewer_than_input_fusion(demo):
+def test_flare_keeps_more_bytes_for_backward_than_lora_and_fewer_than_input_fusion(demo):
     rows = json.loads((demo[0] / "results.json").read_text())
     saved = {(row["method"], row["source"]): row["saved_bytes"] for row in rows}
     assert saved["flare", "gold"] == saved["flare", "noisy"], "both sources have equal shapes"

@@ -185,7 +185,7 @@ def _check_tasks(names: dict[str, Any]) -> None:
     assert names["rows"] and all("source_input_ids" in row for row in names["rows"])
 
 
-#: For each page, the function that checks the results of its blocks, given the variables they defined.
+#: Page -> function that checks the results of the page's blocks, given the variables that the blocks defined.
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "distributed.md": _check_distributed,
     "kernels.md": _check_kernels,
@@ -193,7 +193,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "report.md": _check_report,
     "tasks.md": _check_tasks,
 }
-#: For each page, the function that returns the variables that its blocks use but do not define.
+#: Page -> function that returns the variables that the page's blocks use but do not define.
 SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "distributed.md": _distributed,
     "generation.md": _generation,
@@ -305,7 +305,7 @@ def test_configurations_are_accepted(page: Path, called: list[Any], tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     for code in blocks(page, "yaml"):
         values = yaml.safe_load(code)
-        if page.name == "harness.md":  # a task of lm-evaluation-harness, which may be missing here
+        if page.name == "harness.md":  # a task of lm-evaluation-harness, which may not be installed
             assert {"task", "dataset_path", "output_type"} <= set(values)
             continue
         Path("config.yaml").write_text(code, encoding="utf-8")

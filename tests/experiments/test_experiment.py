@@ -102,11 +102,11 @@ def test_train_writes_files_and_scores_for_each_method_and_fusion(place, runs, c
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
 
 
-def test_evaluate_scores_all_settings_with_gold_and_translated_sources(place, runs, tmp_path, capsys):
+def test_evaluate_scores_base_and_adapter_with_gold_and_translated_sources(place, runs, tmp_path, capsys):
     assert flare(*train_words(place, runs, "--r", 4)) == 0
     translations = tmp_path / "mt"
     shutil.copytree(place / "data" / "english", translations / "vemari-english")
-    translated = translations / "vemari-english" / "test.csv"  # the English rows without every "not"
+    translated = translations / "vemari-english" / "test.csv"  # the English rows with every "not" removed
     translated.write_text("\n".join(line.replace("not", "") for line in translated.read_text().splitlines()))
     words = ("evaluate", "--output", runs, "--translations", translations, "--no-progress")
     assert flare(*words, "--source-text", "gold", "mt") == 0
@@ -176,9 +176,6 @@ def test_all_rows_of_a_batch_have_a_source_or_none_has():
     assert list(sampler) != first
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
-
-
 def test_peak_on_a_gpu_covers_only_training_steps(monkeypatch):
     from flare.experiments.runs.callbacks import PeakMemory
 
@@ -192,6 +189,9 @@ def test_peak_on_a_gpu_covers_only_training_steps(monkeypatch):
         peak.on_step_end(None, None, None)
         allocated[0] = max(allocated[0], in_evaluation)
     assert peak.bytes == 40
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -233,8 +233,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place, tmp_path):
     assert [line["step"] for line in seen[0]] == [line["step"] for line in seen[1]]
 
 
-def test_an_incomplete_checkpoint_is_skipped(place, runs, capsys):
-    """A checkpoint whose writing was interrupted is removed, and training resumes from the previous checkpoint."""
+def test_an_incomplete_checkpoint_is_not_used(place, runs, capsys):
+    """If the writing of the newest checkpoint was interrupted, training resumes from the previous checkpoint."""
     words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints")
     assert flare(*words) == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"

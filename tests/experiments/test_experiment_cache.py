@@ -1,4 +1,8 @@
-"""Tests of `flare train --source-cache`: scores do not change, the size is predicted, and "auto" can turn it off."""
+"""Tests of `flare train --source-cache`, which keeps source states of the first epoch for later epochs.
+
+Source states are the hidden states of the source texts in the frozen model. Scores do not change, the size of the cache
+is predicted, and the mode "auto" can turn the cache off.
+"""
 
 from __future__ import annotations
 

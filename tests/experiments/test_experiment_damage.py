@@ -177,6 +177,9 @@ def test_a_checkpoint_is_skipped_if_the_best_checkpoint_so_far_is_lost(place, ru
     assert "the training starts from the beginning" in out and "resumes" not in out
 
 
+# --- bases ------------------------------------------------------------------------------------------------------------
+
+
 def test_a_damaged_base_is_not_scored(place, tmp_path, capsys):
     shutil.copytree(place / "runs", tmp_path / "runs")
     base = tmp_path / "runs" / "base" / "seed-0"

@@ -98,7 +98,7 @@ def test_a_run_without_a_checkpoint_does_not_block_its_folder(train, runs, place
     write_record(folder, record)
     status, out, err = train("--method", "lora", "--lr", "1e-3")
     assert status == 0 and "ended before its first checkpoint; it is restarted" in out, err
-    # a run with a checkpoint is kept
+    # a folder with a trained adapter is kept, even if its run.json says that the run is unfinished
     record = read_record(folder)
     record.status = "running"
     write_record(folder, record)

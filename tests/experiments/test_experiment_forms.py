@@ -94,7 +94,7 @@ def test_the_base_determines_the_form_of_its_adapters(place, tmp_path):
     assert run.record.settings["family"] == "encoder" and run.metrics.test["translate-train"]["accuracy"] > 0
 
 
-def test_a_classifier_can_become_a_span_model(place, tmp_path):
+def test_a_classifier_can_be_fine_tuned_on_questions(place, tmp_path):
     config = transformers.AutoConfig.from_pretrained(place / "bert", num_labels=3)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
     transformers.AutoTokenizer.from_pretrained(place / "bert").save_pretrained(tmp_path / "classifier")

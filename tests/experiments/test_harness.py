@@ -275,7 +275,7 @@ def test_long_prompts_are_cut_on_the_left_in_both_texts(base, fusing, caplog) ->
 
 
 def test_the_command_prints_user_errors(monkeypatch, capsys) -> None:
-    """lm_eval's parser is replaced, because it reads all tasks of lm_eval, which takes tens of seconds."""
+    """lm_eval's cli_evaluate is replaced, because it reads all tasks of lm_eval, which takes tens of seconds."""
 
     def refuse() -> None:
         raise UserError("what to do")

@@ -1,4 +1,4 @@
-"""Tests that damaged or unusual input files and options give a message without a traceback.
+"""Tests of damaged or unusual input files and options: the command prints a message without a traceback.
 
 The last tests check that messages name only flags that exist.
 """
@@ -43,9 +43,10 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(place, tmp_path, capsys):
-    """Return a function that runs a command on a copy of data and model, after another function damaged the copy.
+    """Return a function that copies data and model, damages the copy, and runs a command on it.
 
-    In the command, {0} stands for the folder of the copy. The exit status and standard error are returned.
+    Its arguments are a function that damages the copy, and the command, in which {0} stands for the folder of the copy.
+    Its result is the exit status and standard error.
     """
 
     def call(spoil: Callable[[Path], object], command: str) -> tuple[object, str]:
@@ -103,7 +104,7 @@ TRANSLATE = "translate --task classification --model {0}/bert --data {0}/data --
 DEEP = "[" * 100_000
 _TRAIN = "data/english/train.csv"
 
-#: By name of the case: a function that damages the copy, the command, and a pattern that its message must match.
+#: Name of the case -> (function that damages the copy, command, pattern that the command's message must match).
 #: Half a character is a lone surrogate, which UTF-8 cannot encode.
 CASES = {
     "a folder": (in_place_of(_TRAIN, Path.mkdir), FINETUNE, "train.csv is not a file"),
@@ -246,8 +247,8 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
 def test_messages_name_existing_flags():
     """A flag that follows `flare COMMAND` in a message must be a flag of that command.
 
-    All other flags must be flags of a command that uses the message's module. In runs/, such a flag may also follow
-    `flare COMMAND`.
+    All other flags must be flags of a command that uses the message's module. In a module of runs/, a flag that follows
+    `flare COMMAND` may also be a flag of another command that uses the module.
     """
     flags = _flags()
     every = set().union(*flags.values())

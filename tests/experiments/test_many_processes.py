@@ -145,8 +145,9 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
 
     Returns:
         A dictionary. Under the name of each call of `run`, it has the exit status, standard output and standard error.
-        "batches", "predicted" and "read" are counts of calls, and "shards" are the numbers of sharded weights among
-        the trained and among the frozen weights.
+        "batches", "predicted" and "read" are the numbers of batches that this process read in the calls "translate",
+        "predict" and "evaluate". "shards" are the numbers of sharded weights among the trained and among the frozen
+        weights.
     """
     world = str(two_processes.WORLD)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -232,7 +233,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "vemari" / "flare-r4" / "seed-0" / "adapter" / "adapter_model.safetensors")
 
 
-def test_training_steps_equal_those_of_one_process(root, two) -> None:
+def test_trained_weights_and_predictions_equal_those_of_one_process(root, two) -> None:
     """Two processes train three times: from the start, resuming a training of one process, and with FSDP2.
 
     FSDP2 shards the base but not the adapters.

@@ -152,7 +152,7 @@ def test_counting_does_not_change_gradients():
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=True))
 
 
-def test_checkpointing_saves_fewer_bytes():
+def test_checkpointing_keeps_fewer_bytes_for_backward():
     net = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(4)])
     x = torch.ones(32, 64)
     with saved_bytes(ignore=[net.parameters(), x]) as plain:

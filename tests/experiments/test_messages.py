@@ -1,4 +1,4 @@
-"""Tests that damaged files and errors of other libraries give one message that says what to do, without a traceback."""
+"""Tests of damaged files and of errors of other libraries: the user gets a message that names the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of model names: a path is refused without a request to the hub, and an unknown hub id after one request."""
+"""Tests of model names: a wrong path is refused without a request to the hub, an unknown hub id after one request."""
 
 from __future__ import annotations
 

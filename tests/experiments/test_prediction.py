@@ -149,7 +149,7 @@ def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl", "whole.jsonl"]
 
 
-def test_options_that_change_predictions_prevent_resuming(place):
+def test_options_that_change_predictions_are_compared_before_resuming(place):
     pipeline = FlarePipeline(adapter(place), print_fn=lambda line: None)
     data = SimpleNamespace(rows=[{}], texts=[{"text": "a"}], sources=[None])
     saved = _header(pipeline, data)
@@ -233,8 +233,8 @@ def test_errors_name_the_cause(place, tmp_path, monkeypatch, capsys, rows, words
 # --- adapters outside of runs -----------------------------------------------------------------------------------------
 
 
-def test_an_adapter_without_its_run_json_predicts(place, scored, tmp_path):
-    """The adapter is copied without its run.json; the labels come from the base's configuration."""
+def test_a_copied_adapter_predicts_without_and_with_its_run_json(place, scored, tmp_path):
+    """Without the run.json, the labels come from the base's configuration."""
     shutil.copytree(adapter(place) / "adapter", tmp_path / "adapter")
     shutil.copytree(place / "runs" / "base" / "seed-0", tmp_path / "base")
     lines: list[str] = []

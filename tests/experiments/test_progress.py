@@ -31,7 +31,7 @@ def test_a_log_file_gets_a_line_every_30_seconds(monkeypatch, capsys):
     ]
 
 
-def test_a_terminal_gets_a_bar_unless_the_counter_has_no_name(monkeypatch):
+def test_a_terminal_gets_a_bar_if_the_counter_has_a_name(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     with progress.counter("shown", 2, "row") as bar:

@@ -271,7 +271,7 @@ def test_figures_show_whole_curves_and_fit_a_column_or_a_page(runs: Path) -> Non
 
 
 def test_with_many_lines_the_comparison_shows_only_the_main_lines(tmp_path: Path) -> None:
-    """The main lines are the line closest to the defaults of each method, and all lines that the user named.
+    """The main lines are, for each method, the line closest to its defaults, and all lines that the user named.
 
     Here every variant has its rank in its name or is named by the user, so no line has only the name of its method.
     """

@@ -135,7 +135,7 @@ def test_display_names_of_tasks_models_and_languages() -> None:
 
 
 def random_activations() -> tuple[Activations, list[np.ndarray]]:
-    """Return activations of three random bottlenecks (tokens, rank), used both as S and as T, and the bottlenecks."""
+    """Return activations, and the three random bottlenecks of shape (tokens, r) that are used both as S and as T."""
     generator = np.random.default_rng(0)
     rows = [generator.standard_normal((length, 4)).astype(np.float32) for length in (3, 5, 2)]
     sums = RowCollector()

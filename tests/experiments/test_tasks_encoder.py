@@ -139,7 +139,7 @@ PAIRS = [
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("joined", [False, True])
 def test_logits_at_the_answer_positions_give_the_answers(side, joined):
-    """Logits with a peak at the collated start and end positions give the answers.
+    """Within the target, the logits are highest at the collated start and end positions, so the answers are predicted.
 
     Both padding sides are tested, and `joined` rows, in which input-level fusion puts the source before the target.
     """

@@ -1,6 +1,7 @@
 """Tests of the forms for decoders and encoder-decoders.
 
-A form turns pairs of texts into prompts with their answers as text, and generated tokens into predictions.
+A form turns pairs (a target row with its source row) into the tokens of prompts and answers, and generated tokens into
+predictions.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def test_only_the_context_is_truncated(family):
     assert rows[1]["source_labels"][-2:] == ([-100, 2] if family == "causal" else [2])
     rows, notes = form.eval_rows(pairs, with_source=False)
     assert len(rows) == 4 and notes[0].startswith("1 of 4 texts cut")
-    # no batch is wider than max_length, even if different rows have the longest prompt and the longest answer
+    # no batch is wider than max_length, even if the longest prompt and the longest answer are in different rows
     rows = form.train_rows([pairs[0], Pair(question("5", "who?", "me", "x" * 14))], with_source=False)[0]
     batch = flare.FlareDataCollator(tokenizer, layout=form.layout, max_length=64, require_source=False)(rows)
     assert batch["input_ids"].shape[1] <= 64

@@ -335,7 +335,7 @@ def test_entity_scores_equal_values_computed_by_hand():
         ("regression", "scipy"),
     ],
 )
-def test_error_for_a_missing_metric_package(monkeypatch, kind, package):
+def test_a_missing_metric_package_is_named_with_its_install_command(monkeypatch, kind, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         score_of(get_task(kind), ["x"], [Example("1", label="x")])

@@ -14,7 +14,7 @@ def test_macro_f1_averages_over_all_labels():
     # a: precision 1, recall 1/2; b: precision 2/3, recall 1; c: all correct
     assert macro_f1(list("abbbcc"), list("aabbcc"), ABC) == pytest.approx(100 * (2 / 3 + 4 / 5 + 1) / 3)
     assert macro_f1(list("aa"), list("aa"), ABC) == pytest.approx(100 / 3), "labels that do not occur count as 0"
-    # a prediction that is not a label is a miss for its true label and does not affect other labels
+    # a prediction that is not a label is a miss for the row's true label and does not affect other labels
     assert macro_f1(["a", "?"], ["a", "b"], ("a", "b")) == pytest.approx(50)
     assert accuracy(list("abc?"), list("abab")) == 50
 

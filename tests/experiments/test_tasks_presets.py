@@ -72,7 +72,7 @@ SPLITS = {"masakhane/afrixnli": {"validation", "test"}, "facebook/belebele": {"t
 
 
 def row_of(hub_id: str, configuration: str, number: int) -> dict[str, Any]:
-    """Return one row of a fake data set. Each text names its column, configuration and row."""
+    """Return one row of a fake data set. Texts without a fixed value name their column, configuration and row."""
 
     def value(name: str, feature: Any) -> Any:
         fixed = {"category": "travel", "correct_answer_num": "3", "index_id": number + 100, "link": "https://w/1"}

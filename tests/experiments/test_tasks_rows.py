@@ -1,4 +1,4 @@
-"""Tests that invalid rows are errors that name the row and the reason before training starts."""
+"""Tests of invalid rows and labels: before training starts, an error names the row and the reason."""
 
 from __future__ import annotations
 

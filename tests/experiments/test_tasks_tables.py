@@ -251,7 +251,7 @@ def test_errors_of_parallel_columns_name_the_reason(tmp_path):
 
 
 def test_finetune_train_and_evaluate_read_one_table(tmp_path, capsys):
-    """The commands give the scores that they give for the same rows in one folder per language."""
+    """The scores from the table equal the scores from the same rows in one folder per language."""
     sizes = {"train": (0, 16), "valid": (16, 24), "test": (24, 36)}
     write_data(tmp_path / "folders", rows=sizes)
     write_bert(tmp_path / "bert")

@@ -53,7 +53,8 @@ def test_a_long_text_is_split_at_sentence_ends():
     ]
     assert "".join(sentence + space for sentence, space in sentences(text)) == text
     plan = make_plan([text, "short"], word_counts, limit=5, batch_tokens=100)
-    # A piece holds as many sentences as fit. Where two sentences without a space between them are split, join adds one.
+    # A piece holds as many sentences as fit. If two sentences without a space between them are in different pieces,
+    # join puts a space between them.
     assert plan.pieces == ('One two three. "Four five!"', "Six seven eight nine? 十。", "十一。Ten", "short")
     assert plan.join(plan.pieces) == [text.replace("十。十", "十。 十"), "short"]
 

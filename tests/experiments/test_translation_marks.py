@@ -82,7 +82,7 @@ def test_unusable_marks_raise_with_a_reason_and_can_be_removed(translation, reas
 class Mangling:
     """Fake translator that returns a text in upper case.
 
-    The word "lose", "double" or "turn" in the text makes it lose, double or reorder the marks.
+    The word "lose", "double" or "turn" in the text makes the translator lose, double or reorder the marks.
     """
 
     def settings(self):
