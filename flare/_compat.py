@@ -122,7 +122,7 @@ register_module_module_registration_hook(_note_registration)
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
-    """Return ``list(model.modules())`` in a third of the time; every source pass calls this."""
+    """Return the same list as ``list(model.modules())``, in a third of its time."""
     modules: dict[nn.Module, None] = {}
     stack: list[nn.Module | None] = [model]
     while stack:
@@ -248,10 +248,10 @@ class _ConfigWithAttention:
 
 
 def shift_labels(model: nn.Module, labels: torch.Tensor) -> torch.Tensor | None:
-    """Return an encoder-decoder's decoder input ids for its labels; None if the model has no such rule.
+    """Return the decoder input ids that an encoder-decoder makes from its labels; None if no known function makes them.
 
     Labels and decoder input ids are (B, u): B rows of u tokens. Most models have a method for this. M2M100 (NLLB) has a
-    function in its module.
+    function in its Python module.
     """
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:

@@ -1,8 +1,8 @@
 """The baselines of the paper, on the same kernels and with the same trainer as FLARE.
 
 - Plain LoRA (:func:`plain_lora`): no source.
-- Input-level fusion (:func:`input_fusion` with :class:`InputFusionCollator`): plain LoRA on one text of up to 2m
-  tokens, the source followed by the target.
+- Input-level fusion (:func:`input_fusion` with :class:`InputFusionCollator`): plain LoRA on one text, the source
+  followed by the target.
 - X-Mixup (:func:`x_mixup`): both texts run through one model, which mixes their hidden states at one block. Further
   losses make the predictions and representations of the two texts agree.
 

@@ -1,7 +1,7 @@
 """Input-level fusion, the paper's strongest baseline: plain LoRA on one text, the source followed by the target.
 
-The joined text has up to 2m tokens, while FLARE reads two texts of m tokens. Input-level fusion therefore needs more
-time and memory.
+If source and target have up to m tokens each, the joined text has up to 2m tokens, while FLARE reads two texts of m
+tokens. Input-level fusion therefore needs more time and memory.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class InputFusionCollator(FlareDataCollator):
             ``token_type_ids``. :meth:`for_model` sets this from the model's config instead.
 
     Raises:
-        ValueError: an error of FlareDataCollator, or a batch is wider than ``max_positions``.
+        ValueError: an error of FlareDataCollator, or ``max_positions`` is less than 2m or than the width of a batch.
     """
 
     max_positions: int | None = None

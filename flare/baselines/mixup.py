@@ -212,7 +212,10 @@ def _hold_source(
 
 
 def _classifier_token(model: Any, place: Place) -> str:
-    """Return which token a classifier of the model reads: "first", "last", or "mean" of all."""
+    """Return what represents a text in a classifier's MSE term: "first", "last" or "mean".
+
+    This is the last hidden state of the first or last token, or the mean of the last hidden states of all tokens.
+    """
     if model.config.is_encoder_decoder:
         return "mean"
     return "last" if getattr(model.get_submodule(place.attention), "is_causal", False) else "first"
@@ -243,12 +246,14 @@ def x_mixup(
     The terms of the loss (the docstring of the module has the formula):
 
     - The source's task loss, if the source has labels. A class label counts for both texts. Spans need
-      ``source_start_positions`` and ``source_end_positions`` in the rows; encoder-decoders, causal rows and labels per
-      token need ``source_labels``. Without source labels the target's task loss has weight 1, and there is
-      one warning.
+      ``source_start_positions`` and ``source_end_positions`` in the rows; encoder-decoders and causal rows need
+      ``source_labels`` in the rows. For labels per token, pass ``source_labels`` to the model in your own training
+      loop, because FlareDataCollator refuses them. Without source labels the target's task loss has weight 1, and
+      there is one warning.
     - The KL term, for classifiers of whole texts.
-    - The MSE term, for all models. In a classifier it compares the last hidden states of the token that is classified
-      (the first token, or the last token in a decoder-only model). In other models it compares means over the tokens.
+    - The MSE term, for all models. It compares the last hidden states of one token if a classifier of whole texts reads
+      this token (encoders: the first token; decoder-only models: the last token). In all other models it compares means
+      over the tokens.
 
     In causal models the target's tokens attend to the source's prompt but not to its answer, and lambda is computed
     from the prompts. A sliding window does not limit the attention to the source.
@@ -257,12 +262,12 @@ def x_mixup(
         model: a transformers model, modified in place: BERT, RoBERTa, XLM-R, DistilBERT, T5 and mT5 (in the encoder),
             Llama, Mistral, Qwen, Gemma and models with the same blocks.
         config: a FlareConfig, a peft.LoraConfig or None.
-        layer: the block that mixes, counted from 0. Default: the middle one (half the number of blocks). The paper
-            chooses it by development score.
+        layer: the block that mixes, counted from 0. Default: half the number of blocks, rounded down. The paper
+            chooses the block by development score.
         lambda0: upper bound of lambda, from 0 to 1. With 0, hidden states are not mixed, and only the loss differs from
             plain LoRA's.
-        alpha: weight of the source's task loss, from 0 to 1. Default: 0.2 for spans, as in the authors' code, otherwise
-            0.4.
+        alpha: weight of the source's task loss, from 0 to 1. Default: 0.2 for question answering, as in the authors'
+            code, otherwise 0.4.
         layer_norm: whether a post-norm block applies its LayerNorm to the mixture, as in the authors' code.
         **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 

@@ -64,7 +64,8 @@ class MixupRuntime:
         adapter: name of the X-Mixup adapter.
         task: PEFT's task type of the model, such as "SEQ_CLS", or None.
         lambda0, alpha, layer_norm: arguments of flare.baselines.x_mixup.
-        classifier_token: the token that a classifier of the model reads: "first", "last", or "mean" of all.
+        classifier_token: what represents a text in a classifier's MSE term: the last hidden state of the "first" or
+            "last" token, or the "mean" of the last hidden states of all tokens.
         mode: "source" or "target" while the model runs on that text, otherwise None.
         streams: the two texts of the running forward or generation; None if none is running.
         generating: whether this is a generation, which runs the source once for all forwards of the target.
@@ -348,7 +349,7 @@ def _masked(scores: Tensor, keys: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat keys or values (B, key heads, m, e) so that there are ``heads`` of them."""
+    """Repeat each head of keys or values (B, key heads, m, e), and return (B, heads, m, e)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 

@@ -69,7 +69,7 @@ def warn_two_passes_once(runtime: Runtime, why: str) -> None:
 
 @dataclass(kw_only=True)
 class SourceDecoding:
-    """Base class: counts the positions that were decoded, and maps the target's rows to the source's rows.
+    """Base class: counts the target's positions, and maps the target's rows to the source's rows.
 
     Attributes:
         pairs: the (layer, adapter) pairs that fuse.
@@ -88,7 +88,7 @@ class SourceDecoding:
         """Return S (B, length, r) for the target's next ``length`` positions, with one row per source row."""
         raise NotImplementedError
 
-    @torch.compiler.disable  # as in training, the frozen pass is eager if the model is compiled
+    @torch.compiler.disable  # as in training, the frozen pass is eager even if the model is compiled
     def carry(self, model: nn.Module, runtime: Runtime, shape: tuple[int, ...] | None, past: int) -> SourceContext:
         """Return the context that passes S to the layers in a forward of the target.
 
@@ -300,7 +300,7 @@ class AlignedDecoding(SourceDecoding):
         }
 
     def _advance(self, states: Bottlenecks, ids: Tensor) -> None:
-        """Record that the frozen model has read one more token of every row, ``ids`` (B, 1), with S ``states``."""
+        """Record that the frozen model has read one more token of every row, ``ids`` (B, 1); ``states``: their S."""
         self.last_states = states
         self.done = self.done | torch.isin(ids[:, 0], self.end_ids)
 

@@ -4,8 +4,8 @@ With ``source_layer_offset=0``, the target's input of a block fuses with the sou
 decoding step can therefore run the model once, on one batch of the target's rows followed by the source's rows:
 
     frozen weights    read once per step for both texts, also if they are quantised
-    adapters          added to the target's rows only; the source's rows pass the frozen model
-    S = x_source Aᵀ   computed from the source's rows at the input of each block; no other state of width d is kept
+    adapters          added to the target's rows only; the source's rows run through the frozen model alone
+    S = x_source Aᵀ   computed from the source's rows at the input of each block; no state of width d is kept
     KV cache          one for the rows of target and source; beam search reorders only the target's rows
 
 Beams and samples of a prompt share one source row. The prompts of target and source are processed in separate passes,

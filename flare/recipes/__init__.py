@@ -212,7 +212,7 @@ class Recipe:
     def base_model(
         self, base: str | os.PathLike[str], tokenizer: Any, missing_keys: list[str] | None = None, **options: Any
     ) -> Any:
-        """Load the base model, quantised by the recipe and prepared for adapters, without adapters.
+        """Load the base model without adapters, quantised and prepared for training as the recipe says.
 
         Args:
             base: name or folder of the base model.

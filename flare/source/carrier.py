@@ -1,14 +1,15 @@
 """Pass the source to the layers of a block that does not pass keyword arguments on to its attention.
 
-The block receives the source, and puts it into the slot of the running thread, where the layers find it.
+The block receives the source, and puts it into the running thread's Slot (flare.source.context), where the layers find
+it.
 
 Gradient checkpointing runs a block again during the backward pass, with the arguments of its first call. The source
 therefore has to be one of the arguments: ``__call__`` adds it, and ``forward`` removes it. transformers' checkpointing
 runs between the two, so it stores the source.
 
 The attention of such a block may call a projection a second time, with an input that is not a text (DeBERTa's relative
-positions). A projection fuses only in its first call within a block; ``Slot.met`` (flare.source.context) holds
-the projections that were called.
+positions). A projection fuses only in its first call within a block; ``Slot.met`` holds the projections that
+were called.
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
 No modeling code is copied or patched:
 
 1. Before the transformers model: remove ``source_*`` from the keyword arguments, read the source, and put its states
-   into a context (flare.source.context). A decoding step instead gets the source's next positions from the object that
-   is stored on the KV cache (flare.generation.decoding), or appends the source's rows to the target's batch
-   (flare.generation.shared_pass).
+   into a context (flare.source.context). A decoding step instead gets the projected source states of its positions
+   from the object that is stored on the KV cache (flare.generation.decoding), or appends the source's rows to the
+   target's batch (flare.generation.shared_pass).
 2. Before the module whose forward loops over the blocks: add the context to the keyword arguments of the blocks.
 3. Before each block, and after the last one: record the hidden state if a source pass is running. In a decoding step
    whose batch also has the source's rows, compute S from these rows before each block.
-4. Before a self-attention module, which a checkpoint's recompute calls again: put the context into the thread's slot
-   (flare.source.context.Slot). After the module: remove the context from the slot. Blocks that do not pass keyword
-   arguments on do steps 2 and 4 themselves (flare.source.carrier).
+4. Before a self-attention module, which gradient checkpointing calls again in the backward pass: put the context into
+   the thread's slot (flare.source.context.Slot). After the module: remove the context from the slot. Blocks that do not
+   pass keyword arguments on do steps 2 and 4 themselves (flare.source.carrier).
 5. After the model: check that the source reached every fusing layer, clear the slot, and remove the source's rows from
    the output if a decoding step appended them to the target's batch.
 
@@ -218,6 +218,8 @@ def store_target_masks(
     runtime: Runtime, uses: list[StateUse], context: SourceContext, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Store the target's masks (B, m) in the context for layers whose fusion reads them (cross_attention_mask).
+
+    B is the number of rows, m the number of positions, and n the number of choices of a row.
 
     Raises:
         ValueError: the attention mask has neither the shape (B, m) nor, for multiple choice, (B, n, m).

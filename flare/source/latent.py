@@ -55,7 +55,7 @@ class LatentContext(SourceContext):
         self.sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
 
     def make_state(self, layer: str, adapter: str) -> Tensor:
-        """Return x_S, computed again from the projection's weights, because a block's recompute has a separate graph.
+        """Return x_S, computed again, because a block that reentrant checkpointing runs again has a separate graph.
 
         Raises:
             ValueError: under DDP or FSDP2, which reduce the projection's gradient after the first block's backward.

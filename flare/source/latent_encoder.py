@@ -1,4 +1,4 @@
-"""The MT encoder of FLARE MT: maps target-language text to latent states and their mask."""
+"""The machine translation (MT) encoder of FLARE MT: maps target-language text to latent states and their mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where source states are kept between forward and backward: one class per value of ``source_memory``.
+"""Where source states are kept between forward and backward: one class per mode; ``source_memory`` sets the mode.
 
 The costs are in addition to plain LoRA's 2 units per step. One unit is the compute of a forward pass of the frozen
 model. There are L blocks, M tokens, and hidden states of width d:
@@ -267,7 +267,7 @@ def memory_of_pass(
     Args:
         model: the transformers model.
         runtime: the state that the model's hooks share.
-        reads: the states that the pass reads.
+        reads: the source states that the active adapters read.
         source: the source arguments of the call.
         reader: reads the states; "recompute" calls it again.
         prepare: prepares the states for projection.

@@ -30,7 +30,8 @@ def refuse_packed_rows(
 ) -> None:
     """Raise ValueError if a row of the target holds several texts.
 
-    FLARE MT is exempt, because it runs no source pass: it fuses the given states position by position.
+    FLARE MT, whose ``source_states`` are a tensor, is exempt, because it runs no source pass: it fuses these states
+    position by position.
 
     Raises:
         ValueError: the call has boundaries of packed texts, position_ids that do not increase by one within a row, or

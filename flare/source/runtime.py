@@ -73,7 +73,7 @@ class ActiveUses:
 
 
 class Reads:
-    """Uses (state, adapter, layer) of the states of one source pass, grouped for the projection to S.
+    """Uses (state, adapter, layer) of the states of one source pass, grouped for the projection S = x_S A^T.
 
     Attributes:
         uses: the (state, adapter, layer) triples.

@@ -12,7 +12,7 @@ row_keys     computes the keys of a batch's rows, and which positions of each ro
 entries      converts the states of a row to bytes and back
 memory       the device tier and the host tier
 shards       the disk tier: safetensors files that are published atomically
-meter        counts rows and measures seconds
+meter        counts rows, and measures the time of source passes
 trial        measures the time to read a row, for tiers="auto"
 store        finds and stores rows in the tiers of a cache
 row_writer   writes the rows that a source pass computes into the cache

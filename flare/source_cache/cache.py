@@ -39,7 +39,7 @@ class _Bound:
         relative: whether a text keeps its states when all its positions are shifted (:func:`counts_relatively`).
         width_counts: whether the states depend on the padded width of the batch (:func:`needs_width`).
         accepts_types: whether the model takes token types (:func:`accepts_types`).
-        plans: set of required states -> their Plan: the stacks and the order in which entries store the states.
+        plans: set of required states -> their Plan: their stacks, and the storage order of the states.
     """
 
     watch: Watch
@@ -87,9 +87,9 @@ class SourceStateCache(Store):
     Args:
         budget: total bytes of all tiers, or {tier: bytes}. If one number covers several tiers, "device" and "host" each
             take at most half of the free memory of the device or of the host.
-        tiers: the tiers to use, fastest first: "device", "host" (pinned if there is a GPU), "disk" (only with a
-            directory). "auto" measures, in the first two source passes, the time to compute a row. It then uses the
-            tiers from which reading a row is faster.
+        tiers: the tiers to use: "device", "host" (pinned if there is a GPU), "disk" (only with a directory). They are
+            used in this order, fastest first. "auto" measures, in the first two source passes, the time to compute a
+            row. It then uses the tiers from which reading a row is faster.
         directory: folder of the disk tier's files, created if missing. Several processes may share it. Foreign or
             damaged files in it are reported, not used and not changed.
 

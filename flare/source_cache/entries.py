@@ -49,5 +49,5 @@ class Entry:
 
 
 def aligned(nbytes: int) -> int:
-    """Return the bytes that an entry of ``nbytes`` bytes takes in its tier, where sizes are rounded up to ALIGNMENT."""
+    """Return the size of an entry of ``nbytes`` bytes, rounded up to a multiple of ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -117,7 +117,7 @@ class MemoryTier:
 
 
 def pinned_slab(size: int, left: int) -> int:
-    """Return the bytes of a pinned slab for rows of ``size`` bytes; 0 if no slab fits into ``left``.
+    """Return the size in bytes of a pinned slab for rows of ``size`` bytes; 0 if no slab fits into ``left`` bytes.
 
     The size of a slab is a power of two, because PyTorch's pinned allocator rounds every size up to a power of two.
     For other sizes the allocator would take more bytes than the budget counts.
