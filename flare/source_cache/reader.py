@@ -39,7 +39,7 @@ _OTHER_WIDTH = (
 
 
 def read(store: Store, batch: Batch) -> dict[StateKey, Tensor] | None:
-    """Return all states of a batch if every row is cached, otherwise None; see :meth:`CachedReader.warm`."""
+    """Return all states of a batch; None in the cases that :meth:`CachedReader.warm` lists."""
     device = batch.plan.device
     if device is None or store.undecided:
         return None
@@ -192,8 +192,8 @@ class CachedReader:
 
         Returns:
             StateKey -> state (B, m, d), contiguous, zero at positions that are not stored, in the order in which the
-            model computes them. None if a row is not cached, if the model's blocks are on several devices, or while
-            tiers="auto" has not chosen the tiers yet.
+            model computes them. None if a row is not cached, if rows differ in their states' dtype or width, if the
+            model's blocks are on several devices, or while tiers="auto" has not chosen the tiers yet.
         """
         states = read(self.cache, self.batch)
         if states is not None:
@@ -217,7 +217,7 @@ class CachedReader:
             self._read(visit, entries, missing, writer)
 
     def _look_up(self, trial: bool) -> tuple[dict[str, Entry], dict[str, int]]:
-        """Return key -> entry of the cached rows, and key -> index in the batch of the other rows.
+        """Return key -> entry for the cached rows, and key -> index in the batch for all other rows.
 
         In a trial pass of tiers="auto" (``trial``) no row counts as cached.
         """
@@ -284,7 +284,7 @@ class CachedReader:
             key: the state.
             stored: row key -> the states of a cached row.
             computed: the state of the computed rows (B', m, d), in the order of ``missing``; None if there are none.
-            missing: key -> index in the batch of the computed rows.
+            missing: row key of a computed row -> the index of this row in the batch.
         """
         rows = self.batch.rows
         sample = computed if computed is not None else next(iter(stored.values()))[key]

@@ -57,7 +57,7 @@ class TextColumns:
         columns: token ids and, if the model reads them, token types; each (B, m) int64.
         mask: (B, m) bool, True at tokens.
         stacks: the stacks that read these texts.
-        relative: whether the key starts at the first token, and not at position 0.
+        relative: True if a key without padding starts at the first token; False if every key starts at position 0.
     """
 
     columns: tuple[np.ndarray, ...]

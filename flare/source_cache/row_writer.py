@@ -37,12 +37,13 @@ class RowWriter:
         self.batch = batch
         self.rows = rows
         self.on_trial = on_trial
-        #: For each row with reserved memory: the row, its tier, its entry, and views of the entry by state.
+        #: For each row with reserved memory: the row, its tier (None in a trial), its entry, and views of the entry by
+        #: state.
         self.slots: list[tuple[Row, Tier | None, Entry, dict[StateKey, Tensor]]] | None = None
         self.devices: set[torch.device] = set()  # devices that computed states
 
     def write(self, key: StateKey, hidden: Tensor) -> None:
-        """Copy the stored positions of every row from one state (B', m, d) of the B' computed rows."""
+        """Copy the stored positions of one state (B', m, d) of the computed rows into their entries."""
         index_of = {row.key: index for index, row in enumerate(self.rows)}
         self.devices.add(hidden.device)
         with torch.inference_mode(False), torch.no_grad():  # training cannot save inference tensors for backward

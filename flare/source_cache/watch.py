@@ -38,7 +38,7 @@ class Watch:
             that is not saved with the model. Copies of a model in one process have equal traits.
 
     Raises:
-        ValueError: the weights cannot be cached; see FrozenWeights.
+        ValueError: source states of this model cannot be cached; see FrozenWeights.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -36,7 +36,7 @@ class FrozenWeights:
         dictionaries: the non-empty dictionaries in which the modules hold their parameters, buffers and children. A new
             parameter, buffer or child changes the length of its dictionary.
         wrappers: PEFT's adapter layers on the paths to the tensors.
-        derived: (name, buffer) of the buffers that the model's code computes and does not save, such as rotary
+        derived: (name, buffer) of the buffers that the model's code computes once and does not save, such as rotary
             frequencies.
         traits: (name, dictionary, key) of the modules' plain numbers, flags and strings, such as ``sliding_window``.
 

@@ -22,7 +22,7 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedD
 
 
 def warn_once(message: str, warned: set[str]) -> None:
-    """Warn about captured steps and add the message to ``warned``; do nothing if ``warned`` contains it."""
+    """Warn with the prefix "cuda_graphs: " and add the message to ``warned``; do nothing if ``warned`` contains it."""
     if message not in warned:
         warned.add(message)
         warnings.warn(f"cuda_graphs: {message}", UserWarning, stacklevel=4)

@@ -37,9 +37,9 @@ Step = Callable[[dict[str, Any]], Tensor]
 
 @dataclass
 class _Shape:
-    """One batch shape: its number of eager steps so far, its graph, and the input tensors of the graph."""
+    """One batch shape: a count of its eager steps, its graph, and the input tensors of the graph."""
 
-    eager_steps: int = 0
+    eager_steps: int = 0  # the shape is captured when this reaches warmup_steps; dropping its graph lowers it
     trained: list[nn.Parameter] = field(default_factory=list)  # parameters that get a gradient in a step of this shape
     inputs: dict[str, Any] = field(default_factory=dict)
     recording: Recording | None = None

@@ -87,7 +87,7 @@ class _GradientAverage:
 
 
 def exclude_adapters_from_fsdp(model: nn.Module, plugin: Any) -> None:
-    """Let accelerate's FSDP2 shard only the frozen weights.
+    """Replicate the trained weights, and let accelerate's FSDP2 shard only the frozen weights.
 
     Do nothing for FSDP1, or if the user has set ``ignored_modules``. Replace ``ignored_modules`` that an earlier call
     of this function has set.

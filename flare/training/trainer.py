@@ -8,7 +8,7 @@ The stock Trainer has four problems with such rows, which are solved here:
   source tokens separately.
 - With gradient accumulation it does not scale the loss of models that ignore ``num_items_in_batch`` (BERT, XLM-R, mT5,
   and Llama with a classification head): four accumulated batches give four times the gradient. FlareTrainer computes
-  the gradient of one large batch for every model, also with micro-batches of unequal size.
+  the gradient of one large batch for these models too, also with micro-batches of unequal size.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class FlareTrainer(Trainer):
     - If ``processing_class`` is a tokenizer, the default collator is :class:`flare.FlareDataCollator`, in the layout of
       the model.
     - Tokens and FLOPs of target and source are counted.
-    - Gradient accumulation gives the gradient of one large batch for every model family.
+    - Gradient accumulation gives the gradient of one large batch, also for models that ignore ``num_items_in_batch``.
     - Under ``fsdp_version: 2`` the adapters are replicated (:func:`flare.replicate_adapters`).
 
     Args:
@@ -235,7 +235,7 @@ class FlareTrainer(Trainer):
         return (0, 0) if self.source_cache is None else (self.source_cache.meter.rows, self.source_cache.meter.hits)
 
     def _check_cast(self) -> None:
-        """Remove the cache if the Trainer casts the whole model for this evaluation, as bf16_full_eval does."""
+        """Remove the cache from the model if bf16_full_eval or fp16_full_eval makes Trainer cast the whole model."""
         name = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, name)), None)
         if name is not None and self.source_cache is not None:
             self.source_cache.warn_once(
@@ -254,8 +254,8 @@ class FlareTrainer(Trainer):
     def _check_columns(self, data: Any) -> None:
         """Raise ValueError for a ``source_...`` column that looks like a model input and that the Trainer would drop.
 
-        Such a column has one number per token, or a name that is almost the name of a column that is read. Columns of
-        texts and row ids may be dropped.
+        Such a column holds lists of numbers, or its name is almost the name of a column that is read. Columns of texts
+        and row ids may be dropped.
         """
         names = getattr(data, "column_names", None)  # of a datasets.Dataset, streamed or not
         if not self.args.remove_unused_columns or not _fuses(self.model) or isinstance(names, dict):
@@ -341,7 +341,7 @@ class FlareTrainer(Trainer):
     ) -> tuple[list, Tensor | int | None]:
         """Return the micro-batches of one step, and the number of items over which their loss is averaged.
 
-        The items are the labels that are not -100, of tokens or of rows. For question answering, they are the rows. The
+        The items are the labels (of tokens or rows) that are not -100. For question answering, they are the rows. The
         number is None if Trainer averages the loss over each micro-batch separately.
         """
         if self.cuda_graphs and self.args.world_size == 1:

@@ -8,7 +8,7 @@ Modules are found by names and structure, not by a list of model classes:
   word for cross-attention ("cross", "encdec", ...).
 * A linear layer that computes query, key and value together counts as query and value (flare.tuner.fused_qkv).
 
-Most architectures pass unknown keyword arguments from the stack's owner to the attention modules. There, the
+Most architectures pass unknown keyword arguments from the stack's owner to the attention modules. In these, the
 source is passed as such an argument. In other architectures, each block itself receives it (flare.source.carrier).
 """
 
@@ -67,8 +67,9 @@ class ModelMap:
         stacks: path of each stack -> number of its blocks.
         places: path of each linear layer in an attention module -> its place.
         query_and_value: paths of the query and value projections of self-attention.
-        decoders: stacks of an encoder-decoder's decoder.
-        carried: stacks whose blocks receive the source themselves, because they do not pass keyword arguments on.
+        decoders: paths of the stacks in an encoder-decoder's decoder.
+        carried: paths of the stacks whose blocks receive the source themselves, because keyword arguments of the owner
+            do not reach the attention modules.
         fused: path of each projection that computes query, key and value together -> the layout of its rows.
     """
 

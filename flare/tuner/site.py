@@ -4,8 +4,8 @@ Modeling code calls these projections one after the other with the same tensor x
 all projections of the site in one autograd node, and each later call returns its stored output. The hidden states of
 both texts are then read only once, and all contributions to dx (the gradient of x) are summed in one buffer. A
 *sibling* is a projection of the site without an adapter, for example key next to adapted query and value. The node
-computes siblings too, because dx includes their contributions; their class is :class:`SiblingLinear`. Any other adapter
-layer is a site by itself. The *slot* (flare.source.context) is the state that a thread's hooks and layers share.
+computes siblings too, because they contribute to dx; their class is :class:`SiblingLinear`. An adapter layer for any
+other projection is a site by itself. The *slot* (flare.source.context) is state that a thread's hooks and layers share.
 
 Which projections are computed together depends on the modules' state. The answer is cached (:class:`_Plan`), and each
 call checks that this state is unchanged. A site stores modules and never their tensors, because tensors can change
