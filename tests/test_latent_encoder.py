@@ -1,4 +1,4 @@
-"""Test flare.LatentEncoder, which returns an MT encoder's states of texts. FLARE MT reads them as the source."""
+"""Test flare.LatentEncoder, which runs the encoder of a translation model. FLARE MT reads its states as the source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mt() -> flare.LatentEncoder:
 
 
 def states_by_hand(mt: flare.LatentEncoder, text: str, model: Any) -> torch.Tensor:
-    """Return the states (length, 16) of one text, whose language tag is added by hand."""
+    """Return the states (length, 16) of one text. Language tag and end token are added by hand."""
     tag, end = mt.tokenizer.convert_tokens_to_ids(["ace_Latn", "</s>"])
     words = mt.tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
@@ -86,8 +86,8 @@ def test_the_encoder_loads_by_name_and_may_be_an_encoder_only_model(tmp_path) ->
 
 
 @pytest.mark.parametrize("layout", ["encoder", "causal"])
-def test_rows_are_collated_to_one_width_and_train_the_projection(layout, mt, tmp_path) -> None:
-    """Rows are padded to the target's length.
+def test_rows_are_collated_to_one_length_and_train_the_projection(layout, mt, tmp_path) -> None:
+    """Target texts and source states are padded to one length.
 
     For "encoder", the result of a row must not depend on the other rows of its batch.
     """
@@ -134,7 +134,7 @@ def test_wrong_arguments_are_refused(mt) -> None:
         flare.FlareDataCollator(tokenizer())(rows)
 
 
-def test_states_larger_than_memory_are_read_from_an_unnamed_file(mt, tmp_path, monkeypatch) -> None:
+def test_states_above_the_memory_limit_are_read_from_an_unnamed_file(mt, tmp_path, monkeypatch) -> None:
     from flare.experiments.runs import latent_rows
 
     texts = [" ".join(TEXTS[: 1 + index % 3]) for index in range(40)]

@@ -247,7 +247,7 @@ def without_padding(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16 autocast"])
 @pytest.mark.parametrize("kind", ["lora", "bert", "llama", "mt5"])
 def test_a_captured_step_equals_the_eager_step(kind: str, dtype: torch.dtype | None, padded: bool, cuda: Any) -> None:
-    """The captured step gets batches on the host, as a data loader makes them. Every step has another batch."""
+    """The captured step gets batches on the host, as a data loader makes them. Every step gets a different batch."""
 
     def make() -> Any:
         return stock_lora(cuda) if kind == "lora" else fused(kind, source_padding="keep").to(cuda)
@@ -323,7 +323,7 @@ def test_graphs_of_several_shapes_share_memory_and_gradients(cuda: torch.device)
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_step_that_cannot_be_captured_runs_eagerly(dropout: float, cuda: torch.device) -> None:
-    """The step waits for the device, so its capture fails in the middle.
+    """A step on a batch of length 6 waits for the device, so its capture fails in the middle.
 
     After the failure, gradients, random numbers, the allocator and other graphs are correct.
     """

@@ -1,4 +1,4 @@
-"""Test fusing adapters on a merged English adapter, from a plain LoRA checkpoint, and switched on one model."""
+"""Test fusing adapters that start from a merged English adapter or from plain LoRA, and switching adapters."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_adapters_of_different_fusions_can_be_switched(tmp_path) -> None:
 
 @pytest.mark.parametrize("r", [8, 64, 128])
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
-def test_a_step_trains_every_weight_at_the_papers_ranks(r, fusion) -> None:
-    """This also holds for a rank that is far larger than the model's width."""
+def test_every_trained_weight_gets_a_gradient_at_the_papers_ranks(r, fusion) -> None:
+    """The largest ranks exceed the width of the tiny model."""
     model = flare.fast_lora(tiny.model("llama"), r=r, lora_alpha=2 * r, fusion=fusion)
     tiny.randomize_lora(model)
     inputs = tiny.batch("llama")

@@ -92,7 +92,7 @@ def test_generation_with_a_quantised_base_uses_the_source(kind, checkpoint) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shared_pass_needs_a_base_whose_rows_are_independent(kind, checkpoint) -> None:
-    """A shared pass runs source and target in one batch. int8 layers refuse it, as their rows affect each other."""
+    """A shared pass runs source and target in one batch. int8 layers refuse it, because rows affect each other."""
     model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_layer_offset=0, target_modules="all-linear").eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}

@@ -318,7 +318,6 @@ def test_generation_with_hqq_can_read_source_and_target_in_one_pass() -> None:
 
 
 def test_a_torchao_base_loaded_by_transformers_merges_as_in_peft(tmp_path: Path) -> None:
-    """The base is loaded with transformers' TorchAoConfig, as users do."""
     ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed", exc_type=ImportError)
     tiny.model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
 

@@ -90,11 +90,11 @@ def test_code_blocks_are_python_and_their_names_exist(path: Path) -> None:
                 assert package is None or hasattr(package, node.attr), f"{path.name}: {node.value.id}.{node.attr}"
 
 
-def test_the_site_builds_without_warnings(tmp_path, monkeypatch) -> None:
+def test_the_documentation_builds_without_warnings(tmp_path, monkeypatch) -> None:
     build = pytest.importorskip("mkdocs.commands.build", reason="the site needs the extra `docs`")
     from mkdocs.config import load_config
 
-    monkeypatch.chdir(ROOT)  # mkdocstrings' paths are relative to it
+    monkeypatch.chdir(ROOT)  # mkdocstrings resolves its paths from the working directory
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
     build.build(config)
     reference = (tmp_path / "reference" / "index.html").read_text()

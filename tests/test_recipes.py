@@ -35,7 +35,7 @@ needs_bnb = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return task -> folder with a tiny Llama for the task, and a tokenizer without a pad token."""
+    """Return one folder for each task. It holds a tiny Llama for the task and a tokenizer without a pad token."""
     folders = {}
     for task, model_class in CLASSES.items():
         folders[task] = tmp_path_factory.mktemp(task)
@@ -132,7 +132,7 @@ def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
 @needs_bnb
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant", "peft's default"])
 @pytest.mark.parametrize("name", KINDS)
-def test_checkpointing_over_a_quantised_base_keeps_the_fusion(name, mode, bases) -> None:
+def test_checkpointing_a_quantised_base_keeps_the_fusion(name, mode, bases) -> None:
     """Logits and gradients equal a step without checkpointing, and differ from a step of plain LoRA.
 
     The authors' release trains plain LoRA if a quantised base is combined with checkpointing.
@@ -261,13 +261,13 @@ def test_missing_bitsandbytes_raises(bases, monkeypatch) -> None:
     ],
     ids=str,
 )
-def test_a_recipe_runs_no_code_of_a_model_folder(content, tmp_path) -> None:
+def test_recipes_that_allow_foreign_code_are_refused(content, tmp_path) -> None:
     (tmp_path / "evil.yaml").write_text(yaml.safe_dump({"task": "SEQ_CLS", "tasks": {"x": content}}))
     with pytest.raises(ValueError, match="a recipe never runs"):
         Recipe.read(f"{tmp_path / 'evil.yaml'}/x")
 
 
-def test_code_of_a_model_folder_runs_only_if_the_call_allows_it(bases, tmp_path, monkeypatch) -> None:
+def test_code_of_a_model_folder_does_not_run_by_default(bases, tmp_path, monkeypatch) -> None:
     """Recipes and commands do not ask at the terminal. The folder's module writes the file `ran` if it is imported."""
     folder = tmp_path / "model"
     shutil.copytree(bases["SEQ_CLS"], folder)

@@ -1,4 +1,4 @@
-"""Test ModelMap, which finds the blocks and projections of a model, and the checks of source arguments."""
+"""Test the checks of source arguments, and ModelMap, which finds the blocks and projections of a model."""
 
 from __future__ import annotations
 

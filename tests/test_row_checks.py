@@ -88,8 +88,8 @@ def test_a_tokenizer_of_another_model_warns(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "kind"), [("xlmr", "pad"), ("llama", "eos"), ("mt5", "eos")])
-def test_special_tokens_that_change_results_raise(family, kind):
-    """Refuse a tokenizer if its pad token shifts the model's positions, or if its end token is not the model's."""
+def test_special_tokens_that_change_results_are_reported(family, kind):
+    """A pad token can shift the model's positions. A model does not stop at the end token of another tokenizer."""
     model, word_tokenizer = tiny.model(family), tokenizer()
     for name in ("pad", "eos"):
         token_id = getattr(model.config, f"{name}_token_id") or 0

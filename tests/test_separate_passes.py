@@ -1,7 +1,7 @@
 """Test the cases in which generation cannot read source and target in one shared pass and needs two passes.
 
-With ``source_pass="auto"`` generation then uses two passes, in some cases with a warning. With
-``source_pass="shared"`` it raises an error with the reason.
+With ``source_pass="auto"``, generation then uses two passes, in some cases with a warning. With
+``source_pass="shared"``, generation raises an error with the reason.
 """
 
 from __future__ import annotations

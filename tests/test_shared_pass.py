@@ -25,7 +25,7 @@ from flare.source.context import THREAD
 
 
 def of_family(name: str) -> Any:
-    """Return a model in which some blocks have a sliding window that is shorter than the text."""
+    """Return a model that has sliding windows shorter than the text."""
     torch.manual_seed(0)
     values = {**tiny._DECODER, "head_dim": 8, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
     base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**values))
@@ -167,7 +167,7 @@ def test_several_active_adapters_match_two_passes() -> None:
 
 
 def test_chunks_embeddings_and_hooked_projections_match_two_passes() -> None:
-    """Chunked prompts, embeddings as inputs, and a base model with hooks on its projections."""
+    """The cases are: prompts read in chunks, embeddings as inputs, and a hook that stores a frozen layer's output."""
     model, inputs = zero_offset(), prompts()
     for chunk in (1, 3):
         both_ways(model, inputs, prefill_chunk_size=chunk)
@@ -191,7 +191,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_and_autocast_are_close_to_float64(dtype) -> None:
-    """Logits of a shared pass in the dtype, with and without autocast, are close to logits of the float64 model."""
+    """A shared pass in float32 or bf16, with and without autocast, gives logits close to the float64 logits."""
     model, inputs = zero_offset(fusion="add"), prompts()
     expected = generated(model, inputs, 2)[1]
     model = model.to(dtype)

@@ -136,7 +136,7 @@ def test_inference_matches_separate_calls(mode, calls) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_adding_adapters_before_the_frozen_products_gives_the_same_step(family, dropout) -> None:
-    """Compare both orders on whole models. XLM-R has biases; the key has no adapter."""
+    """Compare both orders on whole models. BERT and XLM-R have biases; the key has no adapter."""
     model, inputs, results = fused(family, dtype=torch.float64, lora_dropout=dropout), tiny.batch(family), []
     for form in ("frozen_first", "adapter_first"):
         with launch_mode.forcing(form=form):
@@ -148,7 +148,7 @@ def test_adding_adapters_before_the_frozen_products_gives_the_same_step(family, 
 
 
 def apply_reference(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
-    """Replacement of apply_with_products that computes its outputs with the reference, with the same dropout seeds."""
+    """Replacement for apply_with_products that computes its outputs with the reference, with the same dropout seeds."""
     x = x.flatten(0, -2)
     dropped = reference.drop(x, call.p, kernel_dropout.draw_seed(x.device), kernel_dropout.TARGET_STREAM)
     if x_source is not None:

@@ -20,7 +20,7 @@ from flare.source.context import THREAD
 
 
 def stock_twin(model: peft.PeftModel, adapters: dict[str, dict]) -> peft.PeftModel:
-    """Return PEFT's LoRA model with the weights of `model`; `adapters` maps their names to fields of LoraConfig."""
+    """Return PEFT's LoRA model with the weights of `model`; `adapters` maps adapter names to fields of LoraConfig."""
     first, *others = (peft.LoraConfig(task_type="CAUSAL_LM", **fields) for fields in adapters.values())
     twin = peft.get_peft_model(tiny.model("llama"), first, adapter_name=next(iter(adapters)))
     for name, config in zip(list(adapters)[1:], others, strict=True):
@@ -57,7 +57,7 @@ def unmerged(model: peft.PeftModel) -> None:
 
 @contextlib.contextmanager
 def after(change: Callable[[Any], Any], model: peft.PeftModel) -> Iterator[None]:
-    """Change the model before the block. The change is not undone."""
+    """Change the model on entering the ``with`` statement. The change is not undone."""
     change(model)
     yield
 

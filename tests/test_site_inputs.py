@@ -72,7 +72,7 @@ class Model(nn.Module):
 
 
 def model_with_inputs(how: str, order: str, checkpointed: bool = False) -> peft.PeftModel:
-    """Return two blocks with adapters on q and v; see Attention for the arguments."""
+    """Return two blocks with adapters on q and v; see Attention for ``how`` and ``order``."""
     torch.manual_seed(0)
     model = flare.fast_lora(Model(checkpointed), fusion=None, r=2, target_modules=["q_proj", "v_proj"]).double()
     tiny.randomize_lora(model)
@@ -137,7 +137,7 @@ def test_outputs_do_not_outlive_the_models_forward(calls) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (0, 8), (2, 0, 8), (2, 3, 4, 8)])
-def test_inputs_of_any_rank_and_without_rows_match_separate_calls(shape) -> None:
+def test_inputs_of_any_shape_match_separate_calls(shape) -> None:
     model = model_with_inputs("same", "qkv")
     twin = alone(model)
     x = torch.randn(shape, dtype=torch.float64)
@@ -210,9 +210,10 @@ def test_forward_leaves_no_state_on_modules(run, fusion) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
 def test_plan_is_reused_until_something_changes(family, monkeypatch) -> None:
-    """A site searches for a plan of its call only in the first forward pass and after a change.
+    """A site searches for a plan of its call in the first forward pass and after its adapters or hooks change.
 
-    This also holds for models that slice their list of blocks in each forward pass, which registers modules.
+    A new scale needs no new plan. Some models slice their list of blocks in each forward pass. This registers modules,
+    but needs no new plan either.
     """
     planned: list[str] = []
     find = Site._find

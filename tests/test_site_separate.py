@@ -20,7 +20,7 @@ import flare
 
 
 class _Subclassed(nn.Parameter):
-    """A parameter subclass, like sharded and quantised weights."""
+    """A parameter subclass. Sharded and quantised weights have such subclasses."""
 
 
 def _patch_forward(module: nn.Module) -> None:
@@ -47,8 +47,8 @@ CHANGES = {
 def test_hooked_or_patched_projection_is_called_as_a_module(change, projection, calls) -> None:
     """The changed projection leaves the joint call, even if the site has cached a plan that includes it.
 
-    The other projections stay in the joint call. If only a frozen weight is a subclass or parametrised, its adapter
-    stays there too.
+    The other projections stay in the joint call. If only a frozen weight is a subclass or parametrised, the
+    adapter of its projection stays in the joint call too.
     """
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_hooked_or_patched_projection_is_called_as_a_module(change, projection, 
 @pytest.mark.parametrize("how", ["hook", "scaled by a hook", "pruning", "parametrisation", "scaled forward"])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> None:
-    """Compare two SGD steps to those of PEFT's model. In an earlier step, the site caches a plan without the change."""
+    """Compare two SGD steps with PEFT's model. In an earlier step, the site has cached a plan without the change."""
     seen: collections.Counter[str] = collections.Counter()
     handles: list[Any] = []
     inputs = plain(tiny.batch("llama"))

@@ -143,7 +143,7 @@ def widened(family: str, batch: dict[str, torch.Tensor], by: int = 3) -> dict[st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_padding_the_width_is_not_part_of_the_key(family) -> None:
+def test_with_zeroed_padding_the_width_is_not_part_of_the_key(family) -> None:
     model, batch = fused(family, source_padding="zero"), batch_of(family)
     wide = widened(family, batch)
     expected = step(model, wide)
@@ -182,7 +182,7 @@ def test_the_width_is_part_of_the_key_if_rotary_frequencies_depend_on_it() -> No
     assert cache.stats().hits == 0
 
 
-def test_left_padding_is_part_of_the_key_with_chunked_attention() -> None:
+def test_counts_relatively_is_false_with_chunked_attention() -> None:
     model = fused("llama").get_base_model()
     assert counts_relatively(model)
     model.config.attention_chunk_size = 4

@@ -45,7 +45,7 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path) -> None:
         assert reopened(tmp_path, model, 0).stats().hits == 3
 
 
-def test_if_host_memory_runs_out_waiting_rows_are_written_and_later_rows_are_not_stored(tmp_path, monkeypatch) -> None:
+def test_without_free_host_memory_waiting_rows_are_written_and_later_rows_are_not_stored(tmp_path, monkeypatch) -> None:
     """Rows wait in host buffers until they are written together. Here only five buffers can be allocated."""
     from flare.source_cache import shards as module
 
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_reported_and_unchanged_and_its_rows_are_recomputed(da
         assert reopened(tmp_path, model, 0, 1).stats().hits == 6, "the recomputed rows are not in another file"
 
 
-def test_flipped_bytes_of_entries_are_detected(tmp_path) -> None:
+def test_flipped_bits_of_entries_are_detected(tmp_path) -> None:
     """Only the damaged row is computed again; the other rows are used."""
     model = fused("bert")
     published(tmp_path, model, 0)
@@ -179,7 +179,7 @@ def test_two_flipped_signs_of_an_entry_are_detected(tmp_path) -> None:
         assert reopened(tmp_path, model, 0).stats().hits == 2
 
 
-def test_a_folder_of_an_earlier_format_is_reported_by_its_number(tmp_path) -> None:
+def test_a_file_of_an_earlier_format_is_reported_with_both_formats(tmp_path) -> None:
     model = fused("bert")
     published(tmp_path, model, 0)
     (path,) = shards(tmp_path)

@@ -54,7 +54,7 @@ def test_a_changed_base_model_is_detected_in_the_next_pass(change) -> None:
 def test_attributes_and_unsaved_buffers_are_watched(family, name, value, again) -> None:
     """A value is changed after the cache was set on the model.
 
-    again: the change is detected when the cache is set again; otherwise, in the next pass.
+    again: if True, the change is detected when the cache is set again; if False, in the next pass.
     """
     model, batch = fused(family), batch_of(family)
     cache = flare.SourceStateCache(MB)
@@ -138,7 +138,7 @@ def test_the_fingerprint_covers_the_frozen_backbone() -> None:
 
 
 def test_trained_heads_and_embeddings_do_not_change_cached_states() -> None:
-    """modules_to_save trains a copy. The source reads the frozen original, so cached states stay valid."""
+    """modules_to_save trains a copy. The source pass uses the frozen original, so cached states stay valid."""
     model, batch = fused("llama", modules_to_save=["embed_tokens", "lm_head"]), batch_of("llama")
     model.set_source_cache(flare.SourceStateCache(MB))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -165,7 +165,7 @@ def test_quantised_weights_are_part_of_the_fingerprint() -> None:
 
 
 def test_checking_quantised_weights_computes_nothing() -> None:
-    """The check before every pass compares two stamps (Watch.stamp). It reads all weights only if they differ."""
+    """The check before every pass compares two stamps (Watch.stamp). It reads all weights only if the stamps differ."""
     bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), False, quant_type="nf4", compress_statistics=True)

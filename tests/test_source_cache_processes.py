@@ -133,7 +133,10 @@ def test_a_full_filesystem_warns_once_and_stored_rows_are_read(tmp_path) -> None
 
 
 def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
-    """A process that writes shards is killed 12 times, a short and growing time after its first new shard."""
+    """12 processes write shards, one after another, and each is killed after its first new shard.
+
+    The time between this shard and the kill grows from process to process.
+    """
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(40)]
 

@@ -15,7 +15,7 @@ from flare.source_cache.shards import UNFINISHED
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 def test_a_full_cache_keeps_its_rows(tier, tmp_path) -> None:
-    """Three epochs over more rows than the budget allows: the first rows stay in the cache, and no row is evicted."""
+    """An epoch has more rows than the budget allows. The first rows stay in the cache for all three epochs."""
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
     budget = 5 * (one_row_bytes() + (600 if tier == "disk" else 0))

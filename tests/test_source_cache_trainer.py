@@ -32,7 +32,7 @@ def trained(
     args = arguments(folder, **{**defaults, "logging_steps": 1, **options})
     if task == "mt5":
         args = Seq2SeqTrainingArguments(**{**args.to_dict(), "output_dir": str(folder)})
-    # a trainer with a cache pads all batches to one length; without a cache, the collator does the same
+    # a trainer with a cache pads all batches to one length; without a cache, ``fitted`` sets the same length
     collator = FlareDataCollator(tokenizer(), layout=layout).fitted(data)
     trainer = SEQ2SEQ.get(task, FlareTrainer)(
         model=model,
@@ -138,7 +138,7 @@ def test_special_tokens_copied_from_the_tokenizer_keep_the_cache_valid(task, tmp
     assert trainer.source_cache.stats().hit_rate == 0.5
 
 
-def test_logged_hit_rates_cover_this_training_only(tmp_path) -> None:
+def test_logged_hit_rates_cover_only_the_current_run(tmp_path) -> None:
     cache = flare.SourceStateCache(MB)
     options = {"eval_strategy": "epoch", "num_train_epochs": 3}
     first, _ = trained("bert", tmp_path / "first", cache, **options)

@@ -69,7 +69,7 @@ def lookup_model(model: Any) -> Any:
 
 
 def stored(model: Any, key: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return which positions of a state the cache stores, as bool (B, m)."""
+    """Return which positions of a state the cache stores, as a bool tensor: (B, m), or (B, u) for a decoder."""
     zero = model.peft_config["default"].source_padding == "zero"
     if key.stack in runtime_of(model.get_base_model()).map.decoders:
         return torch.ones(batch["source_labels"].shape, dtype=torch.bool)
@@ -77,7 +77,7 @@ def stored(model: Any, key: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def with_holes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch with gaps in the last row's mask and without tokens in the first row."""
+    """Return a batch whose source mask has gaps in the last row and is 0 in the first row."""
     mask = batch["source_attention_mask"].clone()
     mask[-1] = torch.arange(mask.shape[1]) % 3 != 1
     mask[0] = 0
@@ -129,7 +129,7 @@ def test_a_batch_may_have_rows_of_several_tiers(tmp_path) -> None:
     assert actual is not None and all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_columns_on_the_host_replace_those_on_the_device() -> None:
+def test_columns_on_the_host_are_read_in_place_of_the_inputs() -> None:
     """The reader's inputs are on the meta device, so only the caller's columns on the CPU have token ids to read."""
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
@@ -173,7 +173,7 @@ def test_a_damaged_row_on_disk_is_computed(tmp_path) -> None:
         assert reader_of(model, cache_in("disk", tmp_path), batch).warm() is None
 
 
-def test_blocks_on_several_devices_are_read_one_by_one() -> None:
+def test_the_plan_of_blocks_on_several_devices_has_no_device() -> None:
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
     plan = reader_of(model, cache, batch).batch.plan
@@ -184,7 +184,7 @@ def test_blocks_on_several_devices_are_read_one_by_one() -> None:
 
 
 def calls_of(layers: int) -> int:
-    """Count the Python and C calls of a warm read."""
+    """Return the number of Python and C calls in one warm ``lookup`` of a model with ``layers`` blocks."""
     config = tiny.config("xlmr", num_hidden_layers=layers)
     model = flare.fast_lora(transformers.XLMRobertaForSequenceClassification(config), r=4)
     batch = batch_of("xlmr")
@@ -207,7 +207,7 @@ def calls_of(layers: int) -> int:
 
 
 def test_calls_of_a_warm_read_hardly_grow_with_depth() -> None:
-    """A read makes at most three more calls per block.
+    """Each further block adds at most three calls to a read.
 
     The number of calls that compare weights, look up rows and copy rows does not depend on the number of blocks.
     """
@@ -287,7 +287,7 @@ def test_errors_of_lookup_name_the_argument(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("change", ["window", "rope", "another config", "module", "merged", "buffer"])
-def test_a_changed_model_is_detected_by_lookup(change) -> None:
+def test_a_changed_model_is_detected_when_a_reader_is_created(change) -> None:
     model, batch = fused("mistral"), batch_of("llama")
     base = model.get_base_model()
     base.model.register_buffer("scale", torch.ones(1))
@@ -398,7 +398,7 @@ def test_rows_are_copied_on_a_separate_stream_without_a_wait(tier, padding, tmp_
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(5):  # buffers are freed and allocated again behind work that is still queued
+        for _ in range(5):  # buffers are freed and allocated again while work on them is still queued
             torch.cuda._sleep(10_000_000)
             states = cache.lookup(lookup_model(model), batch)
             assert states is not None

@@ -38,7 +38,7 @@ def inputs_of(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def gradients(model, *batches, seed: int = 7) -> dict[str, torch.Tensor]:
-    """Return the gradients of the sum of the batches' losses: all forward passes run before one backward pass."""
+    """Return the gradients of the sum of the batches' losses. All forward passes run before the one backward pass."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     sum(model(**inputs).loss for inputs in batches).backward()
@@ -52,7 +52,7 @@ def assert_same(actual, expected) -> None:
 
 
 def assert_close(actual, expected) -> None:
-    """Compare gradients that are sums over several forward passes. Each mode adds (and rounds) in another order."""
+    """Compare gradients that are sums over several forward passes. The order of additions depends on the mode."""
     assert actual.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name], grad, msg=name)
@@ -98,7 +98,7 @@ def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options:
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
 @pytest.mark.usefixtures("offload_anywhere")
 def test_a_second_source_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
-    """Backward runs outside of autocast. The states that backward computes again still equal forward's bit for bit."""
+    """Backward runs outside of autocast, but a recomputed state equals the state of the forward pass bit for bit."""
     seen: list[list[torch.Tensor]] = []
     plain = Preparation.__call__
 
@@ -147,7 +147,7 @@ def test_recompute_runs_the_source_blocks_once_more(memory: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
-def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypatch) -> None:
+def test_only_keep_holds_a_state_for_each_block(family: str, memory: str, monkeypatch) -> None:
     """ "keep" holds one state for each block; "recompute" and inference hold at most two, at any time and depth."""
     alive = StatesAlive()
     monkeypatch.setattr(FrozenPass, "record", alive.recording())
@@ -170,7 +170,8 @@ def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypat
 
 @pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
 def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: str, monkeypatch) -> None:
-    """At most two states exist at any time, for the prompt and for new tokens. Only the last S is kept between tokens.
+    """At most two states exist at any time, for the prompt and for new tokens. Between tokens,
+    each layer keeps only S of the last new source token.
 
     With offset 0 the embeddings are a state too. They are not counted, because transformers' forward keeps them anyway.
     """
@@ -261,8 +262,8 @@ def test_offload_on_a_cpu_uses_keep_and_warns_once() -> None:
     assert_same(actual, gradients(model_of("bert", "keep"), inputs))
 
 
-def test_states_passed_by_the_caller_are_kept() -> None:
-    """The caller keeps the states in memory, so no mode runs a source pass."""
+def test_states_passed_by_the_caller_need_no_source_pass() -> None:
+    """The caller keeps the states in memory, so even "recompute" runs no source pass."""
     model, inputs = model_of("llama", "recompute"), inputs_of("llama")
     expected = gradients(model, inputs)
     source = {name: inputs.pop(name) for name in list(inputs) if name.startswith("source")}
@@ -313,7 +314,7 @@ def test_wrong_settings_raise(options: dict, message: str) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_states_are_freed_after_backward_even_if_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
-    """A loop may keep its last output during the next forward pass; the last batch's states must be freed anyway."""
+    """A training loop may hold a batch's output after backward. The source states of the batch must be freed anyway."""
     alive: list[weakref.ref] = []
     plain = FrozenPass.record
 

@@ -41,9 +41,11 @@ def assert_same_gradients(actual, expected, *, exact: bool = False) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_keeps_the_fusion(family, use_reentrant, dropout) -> None:
-    """Loss and gradients equal a step without checkpointing, and differ from plain LoRA's.
+    """Loss and gradients equal the results without checkpointing. The gradients differ from the gradients of
+    plain LoRA.
 
-    With dropout under reentrant checkpointing, masks differ, so the test only requires gradients that are not zero.
+    With dropout under reentrant checkpointing, dropout masks differ, so the test only requires a gradient that is not
+    zero.
     """
     inputs = tiny.batch(family)
     model = fused(family, lora_dropout=dropout)
@@ -158,7 +160,7 @@ def test_trained_weights_do_not_change_source_states() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.encode_source(ids, mask), strict=True))
 
 
-def test_the_source_does_not_use_trained_embeddings() -> None:
+def test_the_source_pass_does_not_use_trained_embeddings() -> None:
     model = fused("llama", modules_to_save=["embed_tokens"])
     inputs = tiny.batch("llama")
     before = list(model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"]))
@@ -252,7 +254,7 @@ def test_states_are_kept_once_and_only_if_a_gradient_needs_them() -> None:
     assert not kept(), "a frozen A needs no source states for backward"
 
 
-def test_autocast_keeps_one_copy_in_the_compute_dtype() -> None:
+def test_source_states_under_autocast_have_the_autocast_dtype() -> None:
     inputs = tiny.batch("bert")
     model = fused("bert")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -295,7 +297,7 @@ def _without_source(forward):
 
 
 def test_a_copy_has_its_own_layers_and_sites() -> None:
-    """A copy made after a forward pass is independent of the original's last source."""
+    """The copy is made after a forward pass. A site computes the projections of one attention module."""
     model = fused("bert")
     inputs = tiny.batch("bert")
     model(**inputs)
@@ -329,7 +331,7 @@ def test_a_source_next_to_a_filled_kv_cache_is_refused() -> None:
     model(**step)
 
 
-def test_dropout_of_a_replaced_module_is_off_too() -> None:
+def test_dropout_of_a_module_that_is_set_later_is_off_too() -> None:
     model = fused("bert")
     inputs = tiny.batch("bert")
     ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]

@@ -198,7 +198,7 @@ def row_of(result: dict[str, Any], question: str, variant: str, padded: bool = F
     return row
 
 
-def test_step_over_frozen_step_is_computed_per_token(recorded: dict[str, Any]) -> None:
+def test_adapter_share_of_frozen_step_is_computed_per_token(recorded: dict[str, Any]) -> None:
     block = row_of(recorded, "step", "frozen")["counters"]["frozen_block_s"] / (4 * 32)  # tokens of the recorded step
     joint, frozen = (row_of(recorded, "projection", name)["median_s"] for name in ("flare-joint", "frozen"))
     share = (block + (joint - frozen) / 512) / block  # tokens of the recorded projection

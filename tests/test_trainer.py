@@ -38,7 +38,7 @@ def gradients(
     layout: str | None = None,
     **options: Any,
 ):
-    """Return the gradients of one optimizer step over ``steps`` batches of up to ``micro`` rows, and the loss."""
+    """Return the gradients and the logged loss of one optimizer step over ``steps`` batches of up to ``micro`` rows."""
     seen = Gradients()
     trainer = trainer_class(
         model=model,
@@ -80,7 +80,7 @@ def norm(grads: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("family", TASKS)
 def test_accumulation_gives_the_gradient_of_the_large_batch(family: str, tmp_path: Path):
-    """The last micro-batch is smaller, and rows have different numbers of token labels and answers."""
+    """The last micro-batch is smaller, and rows have different numbers of labelled tokens."""
     data = rows(family, 7, source=False)
     whole, whole_loss = gradients(FlareTrainer, lora(family), data, tmp_path, micro=7, steps=1)
     parts, parts_loss = gradients(FlareTrainer, lora(family), data, tmp_path, micro=2, steps=4)
@@ -136,7 +136,7 @@ def test_a_micro_batch_without_labelled_tokens_adds_nothing(family: str, tmp_pat
     assert both_loss == pytest.approx(one_loss, abs=2e-4)
 
 
-def test_the_users_loss_function_is_not_normalised(tmp_path: Path):
+def test_the_users_loss_function_gets_the_row_count_of_the_whole_step(tmp_path: Path):
     counts = []
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -174,7 +174,7 @@ def spy(model: Any) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("trainer_class", [FlareTrainer, Trainer])
-def test_source_columns_reach_the_model(trainer_class: type, tmp_path: Path):
+def test_source_columns_reach_the_model_only_with_flare_trainer(trainer_class: type, tmp_path: Path):
     model = flare_model("bert")
     calls = spy(model)
     data = Dataset.from_list([{**row, "text": "left out", "other": 1} for row in rows("bert", 4)])

@@ -1,4 +1,4 @@
-"""Test mixed precision with and without a GradScaler, checkpointing, accumulation, Liger kernels, label smoothing."""
+"""Test mixed precision, GradScaler, checkpointing, gradient accumulation, Liger kernels, and label smoothing."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def trained(folder: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_checkpointing_by_the_trainer_does_not_change_the_training(use_reentrant, bf16, tmp_path) -> None:
-    """Training with checkpointing gives the same weights, and training without the source gives other weights."""
+def test_checkpointing_by_the_trainer_does_not_change_the_weights(use_reentrant, bf16, tmp_path) -> None:
+    """Training with checkpointing gives the same weights up to rounding. Training plain LoRA gives other weights."""
     start = {name: p.detach().clone() for name, p in flare_model("bert").named_parameters()}
     model = flare_model("bert")
     parameters = {

@@ -1,7 +1,7 @@
 """Test X-Mixup, in which one block mixes attention of the target over the source into the target's states.
 
-Logits and losses must equal a plain implementation in this file (the functions ``*_by_hand``), and must not
-depend on padding or on other rows.
+Logits and losses must equal the results of a plain implementation in this file (the functions ``*_by_hand``), and must
+not depend on padding or on other rows.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tenso
 
 
 def classifier_by_hand(model: Any, inputs: dict[str, Tensor], norm: bool = True) -> tuple[Tensor, Tensor]:
-    """Return the target's logits and the loss with alpha = 0.4, which weights the source's cross-entropy."""
+    """Return the target's logits and the loss. The source's cross-entropy has the weight alpha = 0.4."""
     task = model.get_base_model()
     base = task.base_model
     masks = {"source": inputs["source_attention_mask"], "target": inputs["attention_mask"]}
@@ -120,7 +120,7 @@ def test_logits_loss_and_gradients_equal_the_implementation_by_hand(task: str, n
 
 
 def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits, the loss with alpha = 0.4, and lambda of a causal model. Answers start at index ``split``."""
+    """Return the target's logits, the loss (alpha = 0.4) and lambda of a causal model. Answers start at ``split``."""
     task = model.get_base_model()
     base, m = task.model, inputs["input_ids"].shape[1]
     causal = torch.ones(m, m).tril().bool()

@@ -107,7 +107,7 @@ def test_a_loaded_adapter_equals_the_saved_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("task", ["bert", "bert-spans", "llama"])
-def test_a_resumed_training_is_equal_and_loads_the_best_weights(task: str, tmp_path: Path):
+def test_a_resumed_run_gives_equal_weights_and_the_best_weights_are_loaded(task: str, tmp_path: Path):
     data = Dataset.from_list(with_source_labels(task, rows(task, 12)))
 
     def run(folder: str, resume: bool = False) -> Any:
@@ -143,7 +143,7 @@ def test_a_resumed_training_is_equal_and_loads_the_best_weights(task: str, tmp_p
     assert len(predicted[0] if isinstance(predicted, tuple) else predicted) == 12
 
 
-def test_without_a_source_it_warns_once_and_is_plain_lora():
+def test_a_model_without_a_source_warns_once():
     model, inputs = mixup_model("bert"), batch("bert")
     alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
     with pytest.warns(UserWarning, match="run without a source and is plain LoRA"):

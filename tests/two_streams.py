@@ -60,7 +60,7 @@ def tokenizer(padding_side: str = "right", pad: bool = True) -> PreTrainedTokeni
 
 
 def rows(task: str, count: int, seed: int = 0, source: bool = True) -> list[dict[str, Any]]:
-    """Return rows of a task. Their texts have different lengths, and so have labels that are lists."""
+    """Return ``count`` rows of a task. The lengths of texts and of label lists differ between rows."""
     draw = random.Random(seed)
 
     def words(low: int, high: int) -> list[int]:
