@@ -17,7 +17,7 @@ _ADVICE = "train again with --no-resume and a smaller --lr, more --warmup_steps 
 
 
 class StopIfNotFinite(TrainerCallback):
-    """Callback that raises DivergedError if the loss or a weight is not finite, before anything is logged or saved."""
+    """Raise DivergedError if the loss or a trained weight is not finite, before anything is logged or saved."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:

@@ -293,7 +293,7 @@ class _Evaluation:
     # --- shared ---------------------------------------------------------------------------------------------------
 
     def _prepared(self, record: RunRecord | None, base: Base) -> tuple[Data, Setup]:
-        """Return the data and the setup of a run, with the user's settings in place of the recorded ones."""
+        """Return the data and the setup of a run. Settings that the user did not give are read from its run.json."""
         settings = self.settings
         saved = {} if record is None else record.settings
         columns = self._columns_of(record) if settings.data is None else {}

@@ -85,7 +85,7 @@ class OneKindSampler(torch.utils.data.Sampler[int]):
 
     Args:
         has_source: whether each row has a source; the number of True must be a multiple of `batch_size`.
-        batch_size: rows per batch.
+        batch_size: rows per batch, summed over all processes.
         seed: determines the order, together with the epoch.
     """
 
@@ -139,7 +139,7 @@ def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict
 
 
 def batch_size(values: Mapping[str, Any]) -> int:
-    """Return the number of rows of a batch, summed over all processes.
+    """Return the number of rows of a batch if a single process trains.
 
     Args:
         values: result of :func:`training_values`.

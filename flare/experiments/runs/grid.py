@@ -19,7 +19,7 @@ class Plan:
 
     fusion: name of the fusion function; None for a method without one.
     r: rank; None: the default rank.
-    variant: name of the run's folder.
+    variant: name of the folder that holds the run's folder seed-N.
     source_text: source text that the method reads, "gold" (written by people) or "mt" (machine-translated); None if it
         reads none.
     target_text: target text of the training, "gold" or "mt".
@@ -114,7 +114,7 @@ def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, .
 
 
 def form_of(settings: TrainSettings, bases: dict[int, Base]) -> str | None:
-    """Return the form (kind of model) that the bases were fine-tuned in. If none is recorded, return the user's form.
+    """Return the form (kind of model) that the bases were fine-tuned with. If none is recorded, return the user's form.
 
     Raises:
         UserError: the user's form differs from the recorded form, so the base would get an untrained head.

@@ -1,7 +1,6 @@
-"""Compute the rows of FLARE MT, once per split.
+"""Compute the rows of FLARE MT, which hold the states of an MT encoder.
 
-FLARE MT fuses the states of an MT encoder, which reads the target text, in place of a source text. The rows hold these
-states.
+FLARE MT fuses these states in place of the states of a source text. The MT encoder reads the target text.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
 def for_method(method: str, setup: Setup) -> Setup:
     """Return the setup for a method.
 
-    Only input-level fusion in a generating model changes the setup. Its form writes both texts into one prompt.
+    Only input-level fusion in a generating model needs another setup, whose form writes both texts into one prompt.
 
     Raises:
         UserError: the method does not support the task.
@@ -170,9 +170,9 @@ def variant_name(
     target_text: str | None,
     train_only: bool = False,
 ) -> str:
-    """Return a run's folder name: the method and each setting that is not the default.
+    """Return the name of the folder that holds a run's folder seed-N.
 
-    ``r`` is None if it is the default.
+    The name contains the method and each setting that is not the default. ``r`` is None if it is the default.
     """
     name = method
     if fusion not in (None, "add_relu"):

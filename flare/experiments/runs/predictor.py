@@ -1,4 +1,4 @@
-"""Predict the rows of a split from the logits of an encoder, or by greedy generation with the other kinds of model."""
+"""Predict the rows of a split, from the logits of a model with a head or by greedy generation."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Predictor:
             logits = model(**batch).logits
             check_logits(logits, _ids(pairs))
             return list(self.form.predictions(logits, pairs))
-        # the collator shifts answer positions by what it puts in front of a row, so 0 becomes the start of the row
+        # the collator shifts answer positions by the number of tokens in front of the row, so 0 becomes the row's start
         batch = self.collator([{**row, **dict.fromkeys(_POSITIONS, 0)} for row in rows]).to(device)
         starts = batch.pop("start_positions").tolist()
         batch.pop("end_positions")

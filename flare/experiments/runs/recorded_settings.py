@@ -39,7 +39,7 @@ def adapter_fields(
     alpha defaults to 2 r, because the paper uses alpha = 128 with r = 64.
 
     Raises:
-        UserError: a name in `more` is not a field of FlareConfig, or another flag sets this field.
+        UserError: a name in `more` (the user's --adapter) is not a field of FlareConfig, or has its own flag.
     """
     known = {one.name for one in fields(FlareConfig)}
     for name in more or {}:
@@ -61,7 +61,7 @@ def adapter_fields(
 
 
 def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, Any]:
-    """Return the settings that affect every kind of run and are not training arguments."""
+    """Return the settings that run.json records for every kind of run, without the training arguments."""
     recipe = setup.recipe
     columns: dict[str, Any] = {}
     if isinstance(data.folder, ParallelColumns):

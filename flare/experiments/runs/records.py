@@ -52,7 +52,8 @@ class RunRecord:
         reads none.
     target_text: target text that the adapters are trained on, "gold" or "mt"; None if the run trains no adapters.
     seed: random seed of initialisation, shuffling and dropout.
-    settings: name -> value of every setting that affects the result and is not a training argument.
+    settings: name -> value of every setting that affects the result and is not a training argument, and the number of
+        processes.
     training_arguments: name -> value of the TrainingArguments fields that the user or the paper's recipe sets.
     base: folder or hub id of the model that the run starts from.
     trainable_parameters: number of trained parameters.
@@ -110,8 +111,9 @@ class Metrics:
     steps: number of optimizer steps.
     peak_bytes: peak memory of one training step in one process, including weights and optimizer state.
     peak_kind: how peak_bytes was measured, "cuda peak" or "live tensors".
-    bottleneck: sizes of the rank-r bottlenecks S (source) and T (target) over the test rows: {"S": [mean |S| of each
-        layer], "T": [mean |T| of each layer], "layers": [names of the layers]}. None for a run that does not fuse.
+    bottleneck: sizes of the rank-r bottlenecks S (source) and T (target) over the first 256 test rows: {"S": [mean |S|
+        of each layer], "T": [mean |T| of each layer], "layers": [names of the layers]}. None if no test rows were
+        fused.
     best_checkpoint: step of the selected checkpoint.
     source_cache: {"bytes", "rows", "hits", "hit_rate", "seconds_saved"} if the source states were cached between
         epochs, counted since the start or the last resume. run.json has the budget, or the reason for no cache.

@@ -50,7 +50,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         "new" (also for a restarted run), "unfinished" (the same run, to be resumed) or "done".
 
     Raises:
-        UserError: the folder holds a run with other settings or files that do not belong to a run, or it is a file.
+        UserError: the folder is a file, holds files that do not belong to a run, or holds a run with other settings.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output")

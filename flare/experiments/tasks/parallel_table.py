@@ -4,7 +4,7 @@
 
 The table is a folder with one file per split (train.csv, test.csv, ...), a DatasetDict written by save_to_disk, or a
 single file or Dataset (written by save_to_disk) with a column ``split``. All languages share the ids and labels; each
-has its own text columns.
+language has its own text columns.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
 
 
 def has_parallel(data: ParallelColumns, split: str) -> bool:
-    """Return whether the table has rows of a split."""
+    """Return whether a split exists: as a file in the folder, or as rows of the single table."""
     if _one_table(data.path):
         return bool(_rows_of(read_table(data.path), split, str(data.path)))
     return split_file(data.path, split) is not None

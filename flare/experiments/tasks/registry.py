@@ -60,7 +60,8 @@ class Task:
         max_length: maximum tokens of one text (or pair of texts), including prompt and answer.
         label_column: column of the class, the tags, the choice or the number.
         id_columns: columns of the id by which rows of two languages are matched. The values of several columns are
-            joined. If the data lacks these columns, rows are matched by position.
+            joined. If the default column ``id`` is missing, rows are matched by position. Columns with other names must
+            exist.
         choice_columns: columns of the choices (multiple choice).
         first_choice: number of the first choice in the data: 0 or 1.
     """

@@ -1,7 +1,7 @@
 """Read tables in the usual file formats.
 
 .csv           comma-separated fields, quoted according to RFC 4180
-.tsv           tab-separated fields; unbalanced quotation marks are read as text
+.tsv           tab-separated fields; if the quotation marks are not balanced, all of them are read as text
 .json          a list of rows, {"data": [rows]}, or one row per line
 .jsonl         one row per line
 .parquet       the columns of a Parquet file
@@ -61,7 +61,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_table(path: Path) -> Table:
-    """Read a file or a folder written by save_to_disk. If the path is a shard of a table, read all shards of the table.
+    """Read a file, or a folder that save_to_disk wrote. If the path is a shard, read all shards of the table.
 
     Raises:
         DataError: the table cannot be read, a row has more or fewer fields than the header, a column occurs twice, a

@@ -1,4 +1,4 @@
-"""Progress file of a translation: one line per batch, synced to disk before the next batch starts."""
+"""Progress file of a translation: one line per finished batch, synced to disk as soon as it is written."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """An error the user can fix; the message says what came, what is accepted and what to do."""
+    """An error the user can fix; the message says which value was given, what is accepted and what to do."""
 
 
 class DivergedError(UserError):

@@ -1,4 +1,4 @@
-"""Escape text for Markdown, LaTeX and CSV, and fit it into one line of a terminal."""
+"""Escape text for Markdown, LaTeX and CSV, and put it into one line."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ class CausalForm(GenerativeForm):
     source_labels. Prompt and answer are tokenized separately, so no token spans both, and the answer starts with a
     space. Prompts leave room for the longest possible answer, so a batch is never wider than max_length.
 
-    The source's prompt is the template of the target's prompt, filled with the English text. In training, the English
+    The source's prompt is the template of the target's prompt, filled with the source text. In training, the source's
     label or answer follows it (``source_labels``), and the collator aligns the first tokens of both answers. Training
     thereby matches generation, in which the frozen model continues the source's prompt: token t of the target's answer
     is fused with token t of the source's answer, which is the correct answer in training and the model's own answer in
@@ -277,8 +277,8 @@ class Seq2SeqForm(GenerativeForm):
     """Form of encoder-decoders: the encoder reads the prompt, the decoder generates the label or answer.
 
     A training row has the columns input_ids, labels and, with a source, source_input_ids and source_labels. The
-    source's prompt is the template of the target's prompt, filled with the English text. In training, ``source_labels``
-    holds the English label or answer, so that the decoder fuses as well. In `eval_rows`, ``source_labels`` holds only
+    source's prompt is the template of the target's prompt, filled with the source text. In training, ``source_labels``
+    holds the source's label or answer, so that the decoder fuses as well. In `eval_rows`, ``source_labels`` holds only
     an end token: generate() fuses in the decoder if the column is present, but does not read the column's values.
     """
 

@@ -52,7 +52,7 @@ class JoinedForm:
     Attributes that this class does not define are read from the form of the joined task.
 
     Args:
-        form: form of a generative model. Its ``max_length`` m limits each text, so rows have up to 2m tokens.
+        form: form of a generative model. Rows have up to twice its ``max_length`` tokens.
     """
 
     def __init__(self, form: GenerativeForm) -> None:
