@@ -58,7 +58,7 @@ class Vocabulary:
     language: name of the language.
     words: number of words, split at white space.
     tokens: number of tokens of these words.
-    unknown: number of tokens that are not in the tokenizer's vocabulary.
+    unknown: how many of these tokens are the tokenizer's unknown token.
     """
 
     language: str
@@ -73,7 +73,7 @@ class Vocabulary:
 
     @property
     def unknown_share(self) -> float:
-        """Share of tokens that are not in the tokenizer's vocabulary."""
+        """Share of the tokens that are the tokenizer's unknown token."""
         return self.unknown / max(self.tokens, 1)
 
 

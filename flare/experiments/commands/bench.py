@@ -22,8 +22,8 @@ from ..utils.errors import UserError
 from ..utils.extra import installed
 from ..utils.progress import print_line
 
-#: Defaults of --tune: model shapes (models of the paper or of similar size), tokens per call, and ranks. The most used
-#: come first, because they are measured first.
+#: Defaults of --tune: model shapes (models of the paper or of similar size), tokens per call, and ranks. In each list,
+#: the values that are used most come first, because the values are measured in this order.
 SHAPES = ("llama-3.1-8b", "xlm-r-large", "gemma-2-9b", "mt5-xl")
 TOKENS = (8192, 2048, 512, 1, 256, 32768)
 RANKS = (64, 8, 128)

@@ -1,4 +1,4 @@
-"""List optional packages, the features that this machine can run, and cache folders, for `flare info`."""
+"""For `flare info`: list optional packages, features (and whether this machine can run them), and cache folders."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`flare demo`: cross-lingual transfer in a few minutes on a CPU.
 
-The demo trains and evaluates zero-shot transfer, plain LoRA, input-level fusion and FLARE. Its data are either the
-embedded corpus, which `.corpus` generates, or real parallel data.
+The demo compares zero-shot transfer, plain LoRA, input-level fusion and FLARE. Its data are either the embedded corpus,
+which `.corpus` generates, or real parallel data.
 
 from flare.experiments.demo import DemoSettings, run_demo
 

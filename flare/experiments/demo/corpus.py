@@ -280,7 +280,7 @@ def make_corpus(
 def add_noise(texts: list[str], rate: float, seed: int) -> list[str]:
     """Damage texts as machine translation does: some words are lost, some are replaced.
 
-    Each word is damaged with probability `rate`: one half of the damaged words is dropped, the other half is replaced
+    Each word is damaged with probability `rate`. A damaged word is either dropped or, with equal probability, replaced
     with a word drawn at random from all words of `texts`, where frequent words are drawn more often. A text that would
     become empty is left unchanged.
     """

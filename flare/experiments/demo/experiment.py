@@ -45,8 +45,8 @@ METHODS = ("zero-shot", "lora", "input-fusion", "flare")
 WARM_UP = 0.1  # share of the training steps in which the learning rate rises
 TIMER_WARM_UP = 3  # number of first steps that seconds_per_step leaves out
 EVAL_BATCH = 100
-# The seed of the noise is one of these plus the run's seed. They differ, so that training and test sources are damaged
-# differently.
+# The seed of the noise is the run's seed plus one of these numbers. The numbers differ, so that training and test
+# sources are damaged differently.
 _NOISE_TRAIN, _NOISE_TEST = 1_000, 2_000
 
 
@@ -156,7 +156,7 @@ class Experiment:
                 yield row
 
     def finetuned_base(self, seed: int) -> Any:
-        """Return the base model, with all weights fine-tuned on the source language."""
+        """Return the base model, with all weights fine-tuned on the source language (unless `finetune_epochs` is 0)."""
         set_seed(seed)
         with library_errors(f"--model {self.task.base}: it cannot be loaded for classification", DemoError):
             model = AutoModelForSequenceClassification.from_pretrained(

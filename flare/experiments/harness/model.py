@@ -133,7 +133,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return [scores[index] for index in range(len(rows))]
 
     def _equal_inputs(self, rows: list[dict[str, list[int]]]) -> list[list[int]]:
-        """Group the indices of rows that the logits of a single row can score.
+        """Return groups of row indices: the logits of one row of a group give the scores of all rows of the group.
 
         The rows of a group have equal prompts, equal source prompts, and continuations of one token in both, because
         the logits that score a continuation of one token do not depend on this token. Every other row, and every row

@@ -41,7 +41,7 @@ class SourcePrompts:
         id_column: name of the column with the ids, in the documents and in the file.
 
     Raises:
-        UserError: the template's file cannot be read, or the rows of ``file`` are missing or have repeated ids.
+        UserError: the template's file or ``file`` cannot be read, or an id occurs more than once in ``file``.
     """
 
     def __init__(

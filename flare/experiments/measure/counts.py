@@ -15,8 +15,8 @@ from flare_kernels.launch_mode import counting
 
 from .storages import iter_tensors
 
-#: Operators that compute no elements: they allocate memory, change a shape, return the same tensor or read one value.
-#: Views are not in this list, because PyTorch marks them (`is_view`).
+#: Operators that compute no elements: they allocate memory, change or read a shape, return the same tensor or read one
+#: value. Views are not in this list, because PyTorch marks them (`is_view`).
 _NO_WORK = {
     *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),
     *("detach", "detach_", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_"),

@@ -26,7 +26,7 @@ class PeakBytes:
 
     Attributes:
         at_start: bytes of the tensors passed as ``live`` (CUDA: bytes that are allocated when the block starts).
-        current: bytes that are alive now (CUDA: set when the block ends).
+        current: bytes that are alive, counted until the block ends (CUDA: updated only when the block ends).
         peak: the highest value of ``current`` inside the block.
     """
 
@@ -139,7 +139,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
     """
     result = SavedBytes()
     storages = Storages()
-    # This list holds the tensors until the block ends, because the storage of a freed tensor could be reused.
+    # This list keeps the tensors alive, so that their storages stay ignored until the block ends.
     ignored = list(iter_tensors(ignore))
     for tensor in ignored:
         storages.add(tensor, count_as=0)

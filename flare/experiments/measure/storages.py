@@ -1,4 +1,4 @@
-"""Count tensor storages by their bytes: each storage once, however many views it has."""
+"""Count the bytes of tensor storages. A storage counts once, however many views it has."""
 
 from __future__ import annotations
 

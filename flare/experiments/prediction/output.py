@@ -28,8 +28,8 @@ class FinishedBatches:
 
     Args:
         output: the file that is written at the end.
-        header: the inputs and options that determine the predictions, as JSON values. A call resumes only if the header
-            in OUTPUT.partial is equal.
+        header: the inputs and options that determine the predictions, as JSON values. A call resumes only if this
+            header equals the header in OUTPUT.partial.
 
     Attributes:
         done: the finished batches, in order. A batch is the list of its predictions.
@@ -97,7 +97,7 @@ class FinishedBatches:
         size = 0
         self._file.seek(0)
         for line in self._file:
-            try:  # a line without a newline: the process was killed while it wrote it
+            try:  # if a line has no newline, the process was killed while it wrote the line
                 content = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:  # a damaged line
                 content = None
@@ -126,7 +126,8 @@ def check_output(name: str, overwrite: bool) -> Path | None:
     """Return the file to write, or None for standard output.
 
     Raises:
-        UserError: the file exists, is a folder, or its name ends in neither .jsonl nor .csv.
+        UserError: the file exists and `overwrite` is False, the path is a folder, or the file's name ends in neither
+            .jsonl nor .csv.
     """
     if name == "-":
         return None

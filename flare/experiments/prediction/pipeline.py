@@ -1,4 +1,4 @@
-"""FlarePipeline predicts texts. The caller passes their source texts, or the pipeline makes them by translation."""
+"""FlarePipeline returns predictions for texts. The source texts are passed by the caller or made by translation."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class FlarePipeline:
         self.say_once(self.trained.notes)
 
     def __call__(self, texts: Any, source_texts: Any = None) -> Any:
-        """Predict texts. Threads may share a pipeline; their calls run one after the other.
+        """Return the predictions for texts. Threads may share a pipeline; their calls run one after the other.
 
         Args:
             texts: one text or a list of texts. For a task with several columns, a text is a dict such as
@@ -153,8 +153,9 @@ class FlarePipeline:
         Args:
             rows: the texts.
             given: for each row, the source texts that the user passed, or None.
-            where: the file or the columns that the given sources come from, for a line that is printed and says what is
-                read as the source. If None, this line is printed only if ``given`` has sources that are not read.
+            where: the file or the columns that the given sources come from. A printed line names them and says what is
+                read as the source. If ``where`` is None, this line is printed only if ``given`` has sources that are
+                not read.
             progress_file, on_progress, share: see :func:`.source_texts.translate`.
         """
         with_text = [index for index, row in enumerate(rows) if has_text(row)]

@@ -55,7 +55,7 @@ def translate(
     on_progress: Callable[[int, int], Any] = lambda done, total: None,
     share: bool = False,
 ) -> tuple[list[Texts], list[str]]:
-    """Translate all texts of the rows in batches of similar length. Equal texts are translated once.
+    """Translate all texts of the rows, in batches of texts of similar length. Equal texts are translated once.
 
     Args:
         translator: the translator into the source language.

@@ -144,8 +144,8 @@ def _different_rows(group: RunGroup) -> list[str]:
     return lines
 
 
-#: Warn if the slowest run takes more than this many times as long as the fastest run. Equal steps in eager mode vary by
-#: up to 30 % between runs.
+#: Warn if a step of the slowest run takes more than this many times as long as a step of the fastest run. Equal steps
+#: in eager mode vary by up to 30 % between runs.
 _UNSTEADY = 1.5
 _MAIN_SETTINGS = ("translate-train", "zero-shot", "translate-test")
 _COSTS: dict[str, Callable[[Run], Any]] = {

@@ -63,9 +63,9 @@ def find_base(output: Path, base: str | None, seed: int) -> Base:
 
 
 def seeds_of(output: Path, base: str | None) -> list[int]:
-    """Return every N for which the folder of the bases has a fine-tuning in seed-N; [0] if it has none.
+    """Return every seed N for which `base`/seed-N is a run of `flare finetune`, sorted; [0] if there is none.
 
-    The folder is `base`, or the folder "base" in `output` if `base` is None.
+    If `base` is None, the folder "base" in `output` is searched instead.
     """
     named = Path(base).expanduser() if base is not None else output / BASE
     seeds = [path.parent.name.removeprefix("seed-") for path in named.glob(f"seed-*/{RUN_FILE}")]

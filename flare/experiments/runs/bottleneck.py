@@ -46,12 +46,12 @@ def measure_bottleneck(
         autocast: dtype of mixed precision; None: no mixed precision.
 
     Returns:
-        (sizes, activations). sizes is {"layers": [names of the fusing projections in the base model, as they run], "S":
-        [mean |S| of each projection], "T": [mean |T| of each projection]}, or None if no layer fused. The means
-        exclude padding tokens. activations is None if the first query projection did not fuse, or if its source has no
-        tokens (FLARE MT).
+        (sizes, activations). sizes is {"layers": [names of the fusing projections in the base model, in the order in
+        which they run], "S": [mean |S| of each projection], "T": [mean |T| of each projection]}, or None if no layer
+        fused. The means exclude padding tokens. activations is None if the first query projection did not fuse, or if
+        its source has no tokens (FLARE MT).
     """
-    totals: dict[str, list[float]] = {}  # layer -> sum of |S|, numbers in S, sum of |T|, numbers in T
+    totals: dict[str, list[float]] = {}  # layer -> [sum of |S|, number of summands, sum of |T|, number of summands]
     masks: dict[str, Tensor | None] = {}
     layers = [module for module in model.modules() if isinstance(module, FlareLayer)]
     first = _first_query([layer.flare_key for layer in layers])
@@ -114,7 +114,7 @@ def measure_bottleneck(
 
 
 def _first_query(names: Sequence[str]) -> str | None:
-    """Return the first name whose last part is that of a query projection: query, q_proj, q, Wqkv or similar."""
+    """Return the first name whose last part names a query projection (query, q_proj, q, Wqkv or similar), or None."""
     return next((name for name in names if re.fullmatch(r"(w?q.*|c_attn)", name.rpartition(".")[2].lower())), None)
 
 
@@ -140,7 +140,7 @@ def _rows_of(value: Tensor, mask: Tensor | None) -> list[Any]:
 
 
 def _token_ids(batch: Any) -> list[dict[str, list[int]]]:
-    """Return, for each row of a batch, stream ("target", "source") -> its token ids, without padding."""
+    """Return, for each row of a batch, a dict from stream ("target", "source") to token ids, without padding."""
     streams = {}
     for stream, prefix in (("target", ""), ("source", "source_")):
         if f"{prefix}input_ids" in batch:

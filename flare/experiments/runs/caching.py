@@ -101,9 +101,9 @@ def needed_bytes(
 ) -> int:
     """Return the bytes that the cache needs for all source states of the rows.
 
-    A text takes layers x positions x width x bytes per number, rounded up. In an encoder-decoder, the decoder's states
-    of the source answer are added. Equal sources count once, because the cache stores them once. With
-    source_padding="keep" the states of padding count too, because they are cached.
+    A text takes layers x positions x width x bytes per number. In an encoder-decoder, the decoder's states of the
+    source answer are added. The sum is rounded up to a multiple of 64 bytes. Equal sources count once, because the
+    cache stores them once. With source_padding="keep" the states of padding count too, because they are cached.
     """
     request = model.source_request()
     config = request.model.config

@@ -140,7 +140,8 @@ class Losses(TrainerCallback, ExportableState):
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
         attributes = saved.get("attributes", {})
-        # checkpoints of an earlier version hold no sum, so the log keeps the trainer's mean since the resume
+        # Checkpoints of earlier versions of this package hold no sum. `resumed` is then False, and the trainer's own
+        # train_loss is logged.
         self._total, self.resumed = attributes.get("total", 0.0), "total" in attributes
         state.stateful_callbacks[name] = self.state()
 

@@ -51,7 +51,7 @@ def grouped_bars(
     apart: str | None = None,
     digits: int = 1,
 ) -> Any:
-    """Draw the bars of every series at every tick. The figure is one column wide if the bars fit, otherwise one page.
+    """Draw the bars of every series at every tick. The figure is as wide as a column if the bars fit, else as a page.
 
     Args:
         series: bars that are drawn side by side at each tick.

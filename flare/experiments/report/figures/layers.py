@@ -66,7 +66,7 @@ def draw_layers(group: RunGroup, label: str) -> Any:
         axes.set_title(shown[language], fontsize=NORMAL)
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain_axes(axes)
-    # after all panels are drawn, because setting a limit stops the autoscaling of the shared axes
+    # the limit is set after all panels are drawn, because setting it stops the autoscaling of the shared axes
     grid[0][0].set_ylim(bottom=0)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
