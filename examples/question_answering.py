@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def make_data(folder: Path) -> Path:
-    """Write rows of the made-up language: a question such as "who praised" asks about one of two clauses."""
+    """Write rows in English and in the made-up language. A question asks who did one thing, as in "who praised"."""
     from flare.experiments.demo.corpus import PEOPLE, THINGS, VERBS, vemari_word
 
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""Every non-public symbol of PyTorch and Triton that this package uses."""
+"""The non-public symbols of PyTorch and Triton that this package uses, except ``Tensor._is_view``."""
 
 from __future__ import annotations
 

@@ -265,8 +265,9 @@ def ci_cases() -> Iterator[Case]:
 def all_cases() -> Iterator[Case]:
     """Yield the cases of :func:`ci_cases`, and combinations of target, dtype, rank, fusion, alignment and dropout.
 
-    All combinations are yielded for the ranks 8, 16, 64, 128 and 256. Rank 32 has one fusion and no dropout. The cases
-    with bfloat16 products but float32 A and B (and x) have aligned rows, one fusion and all ranks.
+    All combinations are yielded for the ranks 8, 16, 64, 128 and 256, and for rank 32 the combinations with one fusion
+    and without dropout. The cases with bfloat16 products but float32 A and B (and x) have aligned rows and one fusion,
+    at every rank, with and without dropout.
     """
     yield from ci_cases()
     fusions = (None, *FUSIONS)

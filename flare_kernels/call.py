@@ -4,7 +4,7 @@ After the first training step, no code of this module runs as long as the adapte
 the same.
 
 T (M, R) holds the bottlenecks x A^T of all adapters side by side, in *stacking order*: adapters that fuse with a source
-come first. phi is the fusion of an adapter.
+come first. M is the number of tokens, and R the sum of all ranks. phi is the fusion of an adapter.
 """
 
 from __future__ import annotations

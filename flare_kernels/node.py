@@ -4,10 +4,11 @@
     dB_i = s_i G_i^T H_i    dH_i = s_i G_i B_i    dA = dT^T x + dS^T x_source    dx = dT A            (G_i = dL/dy_i)
 
 The A_i (r_i, d) are stacked in A (R, d), so each stream is read once for all projections. The T_i are columns of one
-T (M, R). Projections that fuse with a source come first, so S (M, fused) belongs to the leading columns of T. If the
-frozen weights W_i are passed, the node also computes dx of the frozen products, accumulated in the same buffer:
-dx = sum_i G_i W_i + dT A. For y and for dx there are two orders (:mod:`flare_kernels.order`): the frozen products
-write the buffer and the adapters add to it, or the adapters write it and the frozen products add to it.
+T (M, R). Projections that fuse with a source come first, so S (M, fused) belongs to the leading columns of T. Here,
+fused is the sum of the ranks of these projections. If the frozen weights W_i are passed, the node also computes dx of
+the frozen products, accumulated in the same buffer: dx = sum_i G_i W_i + dT A. For y and for dx there are two orders
+(:mod:`flare_kernels.order`): the frozen products write the buffer and the adapters add to it, or the adapters write it
+and the frozen products add to it.
 
 Except for biases and seeds, tensors in this module are matrices. M is the number of tokens, K the input width d, and R
 the stacked rank.
@@ -392,7 +393,7 @@ def _grad_A(
     x_source: Tensor | None,
     seeds: Seeds,
 ) -> list[Tensor | None]:
-    """Return dA of all adapters from one pass over each stream, summed in float32 (float64 for float64)."""
+    """Return dA of each adapter, from one pass over each stream; None for an A that needs no gradient."""
     grad_weight, scale = call.ops.grad_weight, call.keep_scale
     grad_dtype = As[0].dtype if _one_dtype(As) else call.exact
     mask = None if seeds is None else dropout_mask(call, seeds, x.shape, _dropout.TARGET_STREAM)

@@ -1,9 +1,9 @@
 """The oracle: FLARE's formulas in plain PyTorch, differentiated by autograd, in any dtype including float64.
 
-Every kernel test compares with this module. It defines what the fused implementations compute (paper section 3,
+Tests compare the kernels with this module. It defines what the fused implementations compute (paper section 3,
 equations 1 to 4). Nothing is fused, and every intermediate result has the compute dtype.
 
-Shapes: B batch, m length, d input width, n output width, r rank.
+Shapes: m length, d input width, n output width, r rank.
 """
 
 from __future__ import annotations

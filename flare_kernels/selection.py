@@ -39,7 +39,7 @@ class BackendStatus:
 
 
 def interpreting() -> bool:
-    """Return whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, read when kernels are defined)."""
+    """Return whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, set before the kernels are imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -87,8 +87,8 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str |
       for float64 and float32. The kernels have not been timed against cuBLAS in IEEE float32.
     * "reference" for the fusions that combine different token positions.
 
-    Inside :func:`flare_kernels.testing.launches_left_out`, the other fusions get "triton" on every device, and "torch"
-    for float64.
+    Inside :func:`flare_kernels.testing.launches_left_out`, all other fusions get "torch" for float64 and "triton" for
+    every other dtype, on every device.
     """
     if fusion in EAGER_FUSIONS:
         return "reference"

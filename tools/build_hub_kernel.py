@@ -133,7 +133,7 @@ def build(output: Path, repo_id: str) -> None:
         repo_id: "owner/name" on the hub.
 
     Raises:
-        FileExistsError: the folder has files that this script did not write.
+        FileExistsError: the folder has files, but no ``build.toml`` written by this script.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     fields = {

@@ -2,8 +2,9 @@
 
 The rule depends on dtypes, rank, alignment and shared memory only. It selects a row, which holds tile sizes and launch
 options, from the tables in this module. There is no autotuning, so the same call on the same GPU model always runs the
-same code. :mod:`flare_kernels.aot` compiles every row ahead of time. A tuned table (:mod:`flare_kernels.launch_table`),
-which ``flare bench --tune`` measures, overrides the rule for the launches that it lists.
+same code. ``python -m flare_kernels.aot --all`` compiles the rows ahead of time. A tuned table
+(:mod:`flare_kernels.launch_table`), which ``flare bench --tune`` measures, overrides the rule for the launches that it
+lists.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Gradient of A from the target and the source stream, in one pass over each stream.
 
-Shape legend: M tokens, K input width, R rank.
+Shape legend: M tokens, K input width, R rank; drop is dropout. A form is an implementation of this operation
+(:mod:`flare_kernels.forms`).
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def grad_weight(
         mask, mask_source: packed dropout masks of the streams, as in the forward pass.
         keep_scale: factor of the kept elements.
         grad_dtype: dtype of dA, which is summed in float32.
-        follow_table: take the plain PyTorch form if the tuned table prefers it (never with dropout).
+        follow_table: take the plain PyTorch form if the launch table prefers it (never with dropout).
 
     Raises:
         ValueError: both pairs are None.

@@ -173,7 +173,7 @@ def tune(
     with contextlib.ExitStack() as stack:
         stack.enter_context(
             forcing(table=table)
-        )  # the candidates of the step "order" launch the other steps with their tuned tiles
+        )  # the variants of the step "order" launch the other steps with their tuned tiles
         compiler = stack.enter_context(Compiler(device, jobs)) if jobs else None
         if compiler is not None:
             log(f"compiling {compiler.submit(problems)} kernels in {jobs} processes, in the order of the rows below")
