@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import flare
 from flare.source import projected
 from flare.source.fsdp import full_parameter
-from flare.training.replicated import exclude_adapters_from_fsdp
+from flare.training.replicated import _GradientAverage, exclude_adapters_from_fsdp
 from flare.tuner import site
 
 ENGINES = ("ddp", "fsdp2")
@@ -201,6 +201,21 @@ def test_an_8_bit_base_raises_under_fsdp2() -> None:
     assert plugin.ignored_modules is None
     with pytest.raises(ValueError, match=r"group of processes.*accelerate launch"):
         flare.replicate_adapters(model)
+
+
+def test_gradients_are_averaged_after_a_backward_pass_that_failed(monkeypatch) -> None:
+    """A backward pass that fails, for example for lack of memory, never reaches its end."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(3))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.register_post_accumulate_grad_hook(_GradientAverage(torch.nn.Module(), [weight]))
+    below = torch.ones(3, requires_grad=True)
+    below.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (weight * torch.relu(below.exp())).sum().backward()
+    weight.grad = None
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 1.5))
 
 
 def test_data_parallel_raises() -> None:

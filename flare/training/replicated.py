@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .._compat import after_backward, synchronizes_gradients, unit_classes
+from .._compat import after_backward, backward_id, synchronizes_gradients, unit_classes
 
 
 def replicate_adapters(model: nn.Module) -> set[nn.Parameter]:
@@ -63,15 +63,17 @@ class _GradientAverage:
 
     def __init__(self, model: nn.Module, trained: list[nn.Parameter]) -> None:
         self.model, self.trained = model, trained
-        self.scheduled = False
+        # A pass that fails never runs its callback, so the next pass must not rely on it.
+        self.scheduled_in: set[int] = set()
 
     def __call__(self, parameter: Tensor) -> None:
-        if not self.scheduled:
-            self.scheduled = True
-            after_backward(self.average)
+        current = backward_id()
+        if current not in self.scheduled_in:
+            self.scheduled_in.add(current)
+            after_backward(lambda: self.average(current))
 
-    def average(self) -> None:
-        self.scheduled = False
+    def average(self, current: int) -> None:
+        self.scheduled_in.discard(current)
         if not synchronizes_gradients(self.model):
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
