@@ -124,7 +124,7 @@ BASES = {
     "deberta": Base(
         "DebertaForSequenceClassification", "DebertaConfig", "deberta.encoder.layer", ("in_proj",), DEBERTA, by_head
     ),
-    # fused query, key and value
+    # one layer computes query, key and value
     "modernbert": Base(
         "ModernBertForSequenceClassification",
         "ModernBertConfig",

@@ -1,4 +1,4 @@
-"""Functions that import the modules and run the scripts of benchmarks/, and the keys of the benchmarks' summary."""
+"""Functions that import modules of benchmarks/ and run commands. ``KEYS`` names ratios in the benchmarks' summary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def module(name: str) -> Any:
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository's root, with one thread, without model downloads, and return its output.
+    """Run a command in the repository's root, with one thread and without model downloads. Return its result.
 
     ``environment`` is added to the environment variables. TRITON_INTERPRET, OUT and PYTEST_ADDOPTS are not inherited.
     """

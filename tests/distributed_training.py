@@ -51,7 +51,7 @@ def quantized(folder: Path, storage: torch.dtype) -> Any:
 
 
 def batch(family: str, index: int, latent: bool = False) -> dict[str, Tensor]:
-    """Return a batch that is random with seed ``index``, which differs between ranks and micro-steps.
+    """Return a random batch. ``index`` is its seed, which differs between ranks and micro-batches.
 
     All batches have the same number of labels, so that the mean of the batches' losses is the loss of their union.
     """
@@ -71,8 +71,8 @@ def shard(model: Any, layout: str = "blocks", **options: Any) -> None:
     Args:
         model: the fusing model.
         layout: if it contains "accelerate", accelerate's fsdp2_prepare_model shards the model instead of fully_shard
-            (accelerate does not call this function on a CPU). If it contains "replicated", the adapters are not
-            sharded.
+            (on a CPU, accelerate itself never calls fsdp2_prepare_model). If it contains "replicated", the adapters
+            are not sharded.
         options: options of fully_shard, or of accelerate's plugin if accelerate shards the model.
     """
     if "replicated" in layout:
@@ -122,7 +122,8 @@ def train(
         accumulate: number of micro-batches in a step. The engine synchronises gradients in the last one.
         steps: number of steps.
         reentrant: use_reentrant of gradient checkpointing; None: no checkpointing.
-        between: whether to evaluate before each step, and to run all forward passes of a step before its backward pass.
+        between: whether to run a forward pass without gradients before each step, and all forward passes of a step
+            before its backward pass.
         latent: whether the model is a FLARE MT model, which reads latent states.
         options: options of DistributedDataParallel ("ddp") or of `shard` ("fsdp2").
         **overrides: fields of FlareConfig.

@@ -124,9 +124,9 @@ def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[t
 
 
 def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: torch.Tensor | None = None) -> Any:
-    """Return the frozen decoder's greedy text for the source, without its last token.
+    """Return the frozen decoder's greedy text for the source: the decoder's prompt and ``new`` - 1 tokens.
 
-    Before the last token is removed, a text that ends early is padded with token 1 to ``new`` tokens after its prompt.
+    A text that ends early is padded with token 1.
     """
     with model.disable_adapter():
         text = model.generate(
@@ -144,6 +144,6 @@ def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: tor
 
 
 def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, source_text: torch.Tensor | None) -> torch.Tensor:
-    """Return the logits of one forward pass over the sequences, without a KV cache."""
+    """Return the logits of one forward pass, without a KV cache, over the sequences except their last token."""
     source = {} if source_text is None else {"source_decoder_input_ids": source_text}
     return model(**inputs, decoder_input_ids=sequences[:, :-1], **source, use_cache=False).logits

@@ -16,9 +16,10 @@ ROWS = {"train": (0, 48), "valid": (48, 64), "test": (64, 84)}
 
 
 def write_data(folder: Path, valid: bool = True, rows: dict[str, tuple[int, int]] = ROWS) -> Path:
-    """Write the demo's corpus as one CSV file per split, with the same rows in folder/english and folder/vemari.
+    """Write the demo's corpus: in folder/english and in folder/vemari, one CSV file per split.
 
-    Vemari is the demo's made-up language. `rows` holds the first row of each split and the row after its last.
+    A row of the English file and the same row of the Vemari file are translations of each other. Vemari is the demo's
+    made-up language. `rows` holds the first row of each split and the row after its last.
     """
     pairs = make_corpus(train=90).train
     for language, text in (("english", "source"), ("vemari", "target")):

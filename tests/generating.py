@@ -16,7 +16,7 @@ def fused(family: str = "llama", *, base: dict | None = None, **overrides: Any) 
     base_model = tiny.model(family, **(base or {}))
     base_model.generation_config.eos_token_id = None
     embeddings = base_model.get_input_embeddings().weight
-    embeddings.data[1] = embeddings.data[2]  # the pad token's embedding is zero, which would hide errors
+    embeddings.data[1] = embeddings.data[2]  # a zero embedding of the pad token would hide errors
     model = flare.fast_lora(base_model, **{"r": 5, "lora_alpha": 7, "source_padding": "zero", **overrides})
     tiny.randomize_lora(model)
     return model.double().eval()
@@ -107,7 +107,7 @@ def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[t
 
 
 def ends_of(model: Any, inputs: dict, new: int) -> list[int]:
-    """Return two end tokens that end the sources of rows 0 and 1 and do not occur in the source of row 2.
+    """Return two tokens that end the source continuations of rows 0 and 1 and do not occur in row 2's continuation.
 
     Row 0 ends at new token 1 and row 1 at new token 3, counted from 0.
     """

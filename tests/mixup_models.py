@@ -16,7 +16,7 @@ LAYER = 1
 
 
 def mixup_model(task: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """Return a tiny X-Mixup model of a task, with random A and B, and other w and b than the initial ones."""
+    """Return a tiny X-Mixup model of a task, with random A and B, and with X-Mixup's w and b changed to constants."""
     return randomised(x_mixup(task_model(task).to(dtype), r=4, layer=LAYER, **options))
 
 
@@ -37,7 +37,7 @@ def batch(task: str, count: int = 3, seed: int = 5, **options: Any) -> dict[str,
 
 
 def with_source_labels(task: str, task_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add the labels of the source text to the rows, if the task needs them. For causal rows, also add the answer."""
+    """Add labels of the source text to the rows, if the task needs them. A causal source text also gets an answer."""
     for row in task_rows:
         ids = row["source_input_ids"]
         if task == "bert-spans":

@@ -35,7 +35,7 @@ def texts_alone(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def predicts_as_evaluated(run: Run, data: Path, folder: Path) -> list[dict[str, Any]]:
-    """Assert that `flare predict`, given rows without labels, returns the scored predictions; return its output."""
+    """Assert that `flare predict`, given rows without labels, gives the run's stored predictions. Return its output."""
     texts = write_jsonl(folder / f"{run.record.variant}.jsonl", texts_alone(rows_of(data, "vemari")))
     english = write_jsonl(folder / "english.jsonl", texts_alone(rows_of(data, "english")))
     output = folder / f"{run.record.variant}-out.jsonl"

@@ -41,7 +41,7 @@ class Counts(collections.Counter):
     joint: calls of a site that compute several projections.
     lone: calls of a site that compute one projection.
     owned: calls in which the autograd node also computes the frozen layers' products.
-    single: calls of a layer that is computed separately from its site.
+    single: calls of fused_lora by layers that are computed separately from their site.
     """
 
     names: list[frozenset[str]]  # names of the projections in each joint call

@@ -1,4 +1,4 @@
-"""Small tokenizers and data files for the tests of tasks. Every word or byte is a token; nothing is downloaded."""
+"""Small tokenizers of words or bytes, and data files, for the tests of tasks. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def word_tokenizer(words: str, **options: Any) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer(*, merges: Sequence[tuple[str, str]] = (), ends: bool = False, **options: Any) -> Any:
-    """Return a byte-level BPE tokenizer: <s> starts a text, as for Llama; with ``ends``, </s> ends it, as for T5."""
+    """Return a byte-level BPE tokenizer that adds <s> before a text, as in Llama. ``ends``: </s> after it, as in T5."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *_ALPHABET, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -15,7 +15,7 @@ from torch import nn
 
 
 def offloaded(model: Any, how: str, folder: Path) -> Any:
-    """Return a copy of a model whose weights accelerate keeps on the meta device between calls.
+    """Return a copy of a model with weights that accelerate offloads: between calls, these parameters are meta tensors.
 
     ``how`` names accelerate's function. dispatch_model offloads only the weights of block 1; the other
     functions offload all weights.
@@ -36,7 +36,7 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
 
 
 def with_hooks(model: Any, part: str) -> Any:
-    """Add a hook to each adapter module named ``part`` (lora_A or lora_B) that doubles its output."""
+    """Double the output of each adapter module named ``part`` (lora_A or lora_B), with a forward hook."""
     for name, module in model.named_modules():
         if name.endswith(f"{part}.default"):
             module.register_forward_hook(lambda module, args, output: 2 * output)

@@ -142,7 +142,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("model", "config", "changes", "message"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_unsupported_model_is_refused(model, config, changes, message) -> None:
-    """The error comes before the model is changed. With fusion=None the model can still be used as plain LoRA."""
+    """The error comes before the model is changed. With fusion=None, fast_lora accepts the model."""
     base_model = getattr(transformers, model)(getattr(transformers, config)(**{**_SIZE, **changes}))
     before = {name: id(module) for name, module in base_model.named_modules()}
     with pytest.raises(ValueError, match=f"{model}: .*{message}"):

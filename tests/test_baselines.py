@@ -1,4 +1,4 @@
-"""Test the baselines: plain LoRA equals PEFT's, and input-level fusion joins source and target into one text."""
+"""Test the baselines: plain LoRA equals PEFT's LoRA, and input-level fusion joins source and target into one text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Test that logits and gradients of many model families match FLARE's formula in float64.
 
 The reference runs PEFT's layers on the same tiny random model: hooks read the source's states, and each projection's
-forward is the formula. The reference does not use flare's code that finds blocks, projections and the rows of fused
-query, key and value layers.
+forward is the formula. The reference does not use flare's code that finds blocks, projections and the key's rows in
+layers that compute query, key and value.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def test_encoder_decoder_matches_the_formula(family: str) -> None:
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_training_steps_run_if_layerdrop_skips_blocks(memory: str) -> None:
-    """M2M100's LayerDrop skips random blocks of the target. The source pass runs every block."""
+    """M2M100's LayerDrop skips random blocks in the target pass. The source pass runs every block."""
     name, config, changes, _, _ = ENCODER_DECODERS["m2m_100 (NLLB)"]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
     torch.manual_seed(3)
@@ -258,10 +258,11 @@ def test_training_steps_run_if_layerdrop_skips_blocks(memory: str) -> None:
     assert len(gradient_counts) > 1, "no step skipped a block"
 
 
-# --- blocks that carry the source, and fused query, key and value layers ----------------------------------------------
+# --- blocks that do not pass on keyword arguments, and layers that compute query, key and value -----------------------
 
 
 def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
+    """The block does not pass on keyword arguments, so flare replaces its class by one that carries the source."""
     base = BASES["mdeberta"]
     inputs = base.batch()
     model = flare.fast_lora(base.make(), **LORA)
@@ -303,7 +304,7 @@ def test_relative_positions_as_long_as_the_text_do_not_fuse() -> None:
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "bloom"])
 @pytest.mark.parametrize("source_pass", ["separate", "shared"])
-def test_generation_with_a_fused_projection_matches_a_forward_pass(family: str, source_pass: str) -> None:
+def test_generation_with_a_fused_qkv_layer_matches_a_forward_pass(family: str, source_pass: str) -> None:
     """The first step's logits match a forward pass of the prompts. Both kinds of source pass agree in all steps."""
     base = BASES[family]
     model = flare.fast_lora(base.make(), **LORA, source_layer_offset=0, source_padding="zero").eval()
@@ -322,7 +323,7 @@ def test_generation_with_a_fused_projection_matches_a_forward_pass(family: str, 
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "mul"])
-def test_key_of_a_fused_projection_is_plain_lora(fusion: str) -> None:
+def test_key_of_a_fused_qkv_layer_is_plain_lora(fusion: str) -> None:
     """In a layer that computes query, key and value, only the key's outputs equal plain LoRA.
 
     With a hook on lora_A, the layer calls the module lora_A instead of the kernels, with the same result.

@@ -36,7 +36,7 @@ def costs_of(rows: list[dict[str, Any]]) -> str:
 
 
 def row(variant: str, seconds: float, peak: int, **more: Any) -> dict[str, Any]:
-    """Return the recorded row of a timed step of XLM-R Large; ``peak``: peak memory in MiB."""
+    """Return the recorded row of a timed step of XLM-R Large. ``seconds``: wall time; ``peak``: peak memory in MiB."""
     return {
         "case": "step/xlmr/plain/B16-m512-r64",
         "variant": variant,

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 @pytest.mark.slow
 def test_run_gpu_measures_everything_without_a_gpu(tmp_path: Path) -> None:
-    """The archive contains results, log, table and figures, and the summary has a number for every key."""
+    """The archive contains results, log, table and figures, and the summary has a number for every name in KEYS."""
     out, unpacked = tmp_path / "out", tmp_path / "unpacked"
     done = run("bash", "benchmarks/run_gpu.sh", FLARE_BENCH_DRY="1", PYTHON=sys.executable, OUT=str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -112,7 +112,7 @@ done
 
 @pytest.mark.slow
 def test_check_gpu_compares_every_kernel_without_a_gpu(tmp_path: Path) -> None:
-    """Every kernel is called and compared. An error of one sanitizer tool fails only that tool's step."""
+    """Every kernel is compared with plain PyTorch. An error of one sanitizer tool fails only that tool's step."""
     pytest.importorskip("triton", reason="Triton is not installed")
     (tmp_path / "compute-sanitizer").write_text(SANITIZER)
     (tmp_path / "compute-sanitizer").chmod(0o755)

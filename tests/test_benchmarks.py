@@ -131,7 +131,7 @@ def test_poisoned_memory_is_nan() -> None:
 
 
 def test_a_wrong_kernel_fails_its_benchmark_and_is_not_timed(tmp_path: Path) -> None:
-    """If PyTorch's grad_weight gives a dA that is a tenth too large, its row is "wrong" and has no time."""
+    """If torch_ops.grad_weight gives a dA that is a tenth too large, its row is "wrong" and has no time."""
     (tmp_path / "breaks.py").write_text(
         "import flare_kernels.torch_ops as ops\n"
         "right = ops.grad_weight\n"
@@ -277,7 +277,7 @@ def test_a_part_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def rows_of(result: dict[str, Any], question: str) -> dict[str, dict[str, Any]]:
-    """Return variant -> row, for the headline rows of XLM-R in one group of benchmarks ("question")."""
+    """Return a dictionary variant -> row, for the headline rows of XLM-R in one group of benchmarks ("question")."""
     rows = [r for r in result["cases"] if r["question"] == question and r["family"] == "xlmr" and r["headline"]]
     return {r["variant"]: r for r in rows}
 

@@ -1,6 +1,6 @@
 """Test that training with a source cache gives the gradients of source_memory="keep" without a cache.
 
-All source_memory modes are tested. No unnecessary source pass may run.
+The modes are "keep", "offload" and "recompute". No unnecessary source pass may run.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.usefixtures("offload_anywhere")
 def test_gradients_with_a_cache_equal_keep_without_a_cache(family, padding, memory) -> None:
-    """Gradients are equal bit for bit while the cache is filled and read, with and without checkpointing.
+    """With the cache filled, gradients of one batch are equal bit for bit, with and without checkpointing.
 
-    With two forward passes before one backward pass, gradients are equal up to the order of sums.
+    Sums of the gradients of two batches are equal up to the order of addition, also while the cache is being filled.
     """
     options = {"source_padding": padding, "lora_dropout": 0.3}
     first, second = inputs_of(family), inputs_of(family, seed=1)
@@ -134,7 +134,7 @@ def test_an_entry_damaged_between_forward_and_backward_is_recomputed(tmp_path) -
 
 @pytest.mark.parametrize("tier", ["device", "disk"])
 @pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
-def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tmp_path, monkeypatch) -> None:
+def test_states_copied_from_a_warm_cache_are_at_most_one_per_block(memory, tier, tmp_path, monkeypatch) -> None:
     """Of the states copied out of the cache, "keep" has one per block in memory, and the other modes at most two."""
     alive = StatesAlive()
     for layers in (2, 6):
@@ -180,7 +180,7 @@ def test_a_cache_does_not_change_the_saved_bytes() -> None:
 
 
 def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-    """Run three epochs of one step each; the ranks swap their rows in the second epoch.
+    """Run three epochs of one step each. The ranks swap their batches after each epoch.
 
     Return each step's gradients and the number of times that it ran the whole stack of blocks.
     """
@@ -203,7 +203,7 @@ def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[lis
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
-    """Each rank reads rows that the other rank has stored. Gradients equal those of one process with both batches."""
+    """Each rank reads rows that the other rank has stored. One process with both batches gives equal gradients."""
     (tmp_path / "run").mkdir()
     folder = tmp_path / "states"
     expected = distributed_training.train(None, "none", "llama")

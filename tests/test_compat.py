@@ -1,4 +1,4 @@
-"""Tests of the private symbols that flare uses. If an upgrade removes or changes one, a test fails and names it."""
+"""Tests of other libraries' symbols that flare uses. If an upgrade removes or changes a symbol, a test fails."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_end_of_backward_and_distributed_wrappers_are_recognised() -> None:
     assert "_active_ddp_module" in inspect.getsource(torch.nn.parallel.DistributedDataParallel._inside_ddp_forward)
 
 
-def test_fsdp_shards_the_blocks_and_not_the_token_embeddings() -> None:
+def test_fsdp_unit_classes_are_the_classes_of_the_blocks() -> None:
     assert _compat.unit_classes(tiny.model("bert")) == ["BertLayer"]
     assert _compat.unit_classes(tiny.model("llama")) == ["LlamaDecoderLayer"]
 

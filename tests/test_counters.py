@@ -118,7 +118,7 @@ def lora_step(width: int) -> int:
 
 
 def flare_step(width: int) -> int:
-    """Return the FLOPs of plain LoRA, the source's forward pass, and each adapter's S and its contribution to dA."""
+    """Return the FLOPs of plain LoRA, the source's forward pass, and for each adapter S and the source's part of dA."""
     return lora_step(width) + L * block_forward(width) + 2 * L * 2 * (2 * B * width * r * d)
 
 
@@ -176,7 +176,7 @@ BF16 = 2
 
 
 def tensors(adapter_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Return x, x_source and a frozen weight W in bf16, and A and B of the adapters q and v in a dtype."""
+    """Return x, x_source and a frozen weight W in bf16, and A and B of the adapters q and v in adapter_dtype."""
 
     def randn(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*size).to(dtype)
@@ -189,7 +189,7 @@ def tensors(adapter_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
 
 
 def eager(t: dict[str, Tensor]) -> Tensor:
-    """Return the output by PEFT's arithmetic: inputs in the adapter's dtype, a separate operation for each step."""
+    """Return the output, computed as PEFT does: inputs cast to the adapter's dtype, one operation for each step."""
     A, up = t["q.A"], t["q.B"]
     base = F.linear(t["x"].detach(), t["W"])
     T, S = F.linear(t["x"].to(A.dtype), A), F.linear(t["x_source"].to(A.dtype), A)
@@ -208,7 +208,7 @@ def joint(t: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_transient_memory_is_at_most_a_twentieth_of_eager_pytorch() -> None:
-    """Compare the forward pass of an adapter with backend="torch" and the same formula in eager PyTorch.
+    """Compare an adapter's forward pass by backend="torch" with the same formula in eager PyTorch.
 
     With H = phi(S, T), eager PyTorch writes H B^T and s H B^T to memory. backend="torch" writes relu(S), relu(T) and
     their sum H; the Triton kernels compute H in registers. S and T are counted only for eager PyTorch, because
@@ -281,7 +281,7 @@ def test_joint_call_projects_each_input_once() -> None:
 
 @pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 5), ("joint", 3, 5)])
 def test_kernel_launches_stay_within_their_limits(name: str, forward: int, backward: int) -> None:
-    """The call launches at most these numbers of Triton kernels (recorded, not run), and no product in PyTorch."""
+    """At most ``forward`` and ``backward`` Triton kernels are launched (recorded, not run). PyTorch runs no product."""
     pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()
     names = ("q", "v") if name == "joint" else ("q",)

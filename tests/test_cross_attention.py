@@ -50,7 +50,7 @@ def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) 
     lora = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
     plain.load_state_dict(lora, strict=False)
     text = without_source(inputs)
-    with forcing(form="frozen_first"):  # the order of operations of a layer that is computed separately
+    with forcing(form="frozen_first"):  # the order in which layers with cross-attention always run
         torch.testing.assert_close(model(**text).logits, plain(**text).logits, rtol=0, atol=0)
 
 

@@ -116,8 +116,8 @@ def test_a_gradient_without_the_sources_part_is_detected(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("latent", [False, True])
-def test_gradients_under_fsdp2_with_mixed_precision_are_exact(latent, tmp_path) -> None:
-    """Shards are float32 and computation is in float64, so gradients are exact only if source states are float64."""
+def test_gradients_under_fsdp2_with_mixed_precision_equal_one_process(latent, tmp_path) -> None:
+    """Shards are float32, computation is float64. The gradients match to 1e-6 only if source states are float64."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)
     case = {"engine": "fsdp2", "family": "llama", "latent": latent}
     case |= {"dtype": torch.float32, "options": {"mp_policy": policy}}
@@ -149,7 +149,7 @@ def test_gradients_of_qlora_under_fsdp2_equal_one_process(tmp_path) -> None:
 
 
 def errors(rank: int) -> dict[str, str]:
-    """Return name of a setup -> type and message of the error that its training step raises."""
+    """Return a dictionary: name of a setup -> type and message of the error that it raises."""
 
     def fsdp1() -> None:
         sharded = FullyShardedDataParallel(
@@ -179,7 +179,7 @@ def errors(rank: int) -> dict[str, str]:
     return messages
 
 
-def test_unsupported_engines_raise(tmp_path) -> None:
+def test_unsupported_setups_raise(tmp_path) -> None:
     for messages in two_processes.run(tmp_path, errors):
         assert "tensor parallelism" in messages["tp"]
         assert "DistributedDataParallel" in messages["ddp"] and "'use_reentrant': False" in messages["ddp"]
@@ -189,7 +189,7 @@ def test_unsupported_engines_raise(tmp_path) -> None:
 
 def test_an_8_bit_base_raises_under_fsdp2() -> None:
     class Int8Params(torch.nn.Parameter):
-        """Parameter class with the name of bitsandbytes' 8-bit weights."""
+        """Stand-in that has the name of bitsandbytes' class for 8-bit weights."""
 
     model = fused("bert")
     model.get_base_model().classifier.weight8 = Int8Params(torch.zeros(2), requires_grad=False)
@@ -218,7 +218,7 @@ def test_gradients_are_averaged_after_a_backward_pass_that_failed(monkeypatch) -
     assert torch.equal(weight.grad, torch.full((3,), 1.5))
 
 
-def test_data_parallel_raises() -> None:
+def test_data_parallel_with_a_source_raises() -> None:
     model, inputs = fused("bert"), batch("bert", 0)
     model.get_base_model()._is_replica = True
     with pytest.raises(ValueError, match=r"source_input_ids in a model under torch.nn.DataParallel.*accelerate launch"):

@@ -151,7 +151,7 @@ def test_a_sharded_model_is_saved_and_loaded(latent, tmp_path) -> None:
 
 
 def test_the_example_runs_on_two_processes(tmp_path) -> None:
-    """Run the command in the example's docstring on CPUs. PEFT loads the saved adapter, whose weights are trained."""
+    """Run the command in the example's docstring on CPUs. No B of the saved adapter is zero, so each B was trained."""
     assert "accelerate launch --config_file examples/ddp.yaml examples/fine_tune.py" in EXAMPLE.read_text()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLE.with_name("ddp.yaml"))]
     script = [str(EXAMPLE), "--output", str(tmp_path / "out"), "--rows", "32"]

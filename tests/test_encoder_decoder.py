@@ -64,7 +64,7 @@ def test_logits_and_gradients_equal_the_formula(fusion, offset, decoder) -> None
 
 
 def test_eager_attention_and_sdpa_agree() -> None:
-    """The results agree up to float32's rounding, because mT5's eager attention computes its softmax in float32."""
+    """The results agree only to float32's precision, because mT5's eager attention computes its softmax in float32."""
     steps = {}
     for name in ("eager", "sdpa"):
         model = fused(base={"attn_implementation": name})
@@ -203,7 +203,7 @@ def test_encode_source_returns_the_encoders_states() -> None:
         model(**plain, source_states=states, source_labels=inputs["source_labels"])
 
 
-def test_adapters_in_the_decoder_only_need_a_decoder_source() -> None:
+def test_model_with_adapters_only_in_the_decoder_needs_a_decoder_source() -> None:
     model = fused(target_modules=r"decoder\..*\.SelfAttention\.(q|v)")
     inputs = batch()
     with pytest.raises(ValueError, match="fuse in the decoder only, which reads source_labels"):

@@ -1,4 +1,4 @@
-"""Test that the scripts in examples/ run unchanged, use their source, and are short."""
+"""Test that two scripts and the notebook in examples/ run unchanged and use their source."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_ended_source_stays_at_its_end_token(padded) -> None:
 
 def test_no_source_pass_after_all_sources_have_ended() -> None:
     model, inputs = fused(), prompts(seed=ENDING)
-    ends = source_text(model, inputs, 2, [])[:, -1].tolist()  # every row ends with its second token
+    ends = source_text(model, inputs, 2, [])[:, -1].tolist()  # every source ends with its second new token
     passes, backbone = [], model.get_base_model().model.layers[0]
 
     def count(module: Any, args: Any) -> None:

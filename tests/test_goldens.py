@@ -1,4 +1,4 @@
-"""Compare flare.fast_lora and FlareTrainer with stored results of the rules of the authors' release ("goldens").
+"""Compare flare.fast_lora and FlareTrainer with stored results ("goldens") that follow the authors' release.
 
 tests/goldens/README.md describes the results, which were computed on the versions that the authors pin. The selection
 of cases in tests/goldens always runs. The environment variable FLARE_GOLDENS names a folder with the full set, whose
@@ -55,7 +55,7 @@ SINGLE = [case for case in CASES if case not in TRAINING + GENERATION]
 
 
 def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the case's model with its base and adapter weights, its tensors, and its manifest entry."""
+    """Return a case's model with the stored base and adapter weights, the case's tensors, and its manifest entry."""
     manifest = json.loads((folder / "manifest.json").read_text())
     case = manifest["cases"][name]
     family = manifest["families"][case["family"]]
@@ -108,7 +108,7 @@ def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], fusion: str) -> dict[str, torch.Tensor]:
-    """Return the keyword arguments of the model for one step."""
+    """Return the keyword arguments of the model, from the tensors of a case."""
     inputs = {"input_ids": tensors["input_ids_target"], "attention_mask": tensors["attention_mask_target"]}
     if "mt_states" in tensors:
         inputs["source_states"] = tensors["mt_states"]

@@ -40,7 +40,7 @@ def plain_lora(family: str) -> Any:
     ids=["bert", "llama with dropout", "mt5", "lora"],
 )
 def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none: bool) -> None:
-    """Parameters are bit-equal with three alternating shapes, accumulation, clipping, AdamW and a schedule."""
+    """Parameters are bit-equal with two shapes, batches without padding, accumulation, clipping, AdamW, a schedule."""
     plain = "lora" in type(make().base_model).__name__.lower() and not hasattr(make(), "fast_lora_report")
     family = make().get_base_model().config.model_type
     batches = [batch_of(family, B=B, m=m, seed=seed) for seed, (B, m) in enumerate([(3, 9), (2, 7), (3, 9)] * 4)]
@@ -76,7 +76,7 @@ def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none:
 
 
 def test_gradients_are_accumulated() -> None:
-    """p.grad is the sum of gradients that the user set, of eager steps with another shape, and of replays."""
+    """Replays and eager steps with another shape add to p.grad, also after the user has set and cleared p.grad."""
     model, eager_model = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     batch, other = batch_of("bert"), batch_of("bert", m=6)

@@ -184,7 +184,7 @@ class Interrupted(RuntimeError):
 
 @pytest.mark.parametrize("where", ["forward", "backward", "end"])
 def test_a_failed_capture_changes_nothing(where: str) -> None:
-    """Gradients, random numbers and the model equal those of an eager loop. Other shapes are still captured."""
+    """Losses, gradients and dropout masks are as in an eager loop. Other shapes are still captured."""
     model, eager_model = fused("bert", lora_dropout=0.2), fused("bert", lora_dropout=0.2)
     failing = [False]
 
@@ -244,7 +244,7 @@ def test_out_of_memory_is_reported() -> None:
 
 
 def test_a_model_without_capturable_shapes_runs_eagerly() -> None:
-    """The capture of a model that waits for the device fails for every shape. After two failures, none is tried."""
+    """A model that waits for the device cannot be captured in any shape. After two failures, no capture is tried."""
     step, recorder = graphed(fused("bert"), warmup_steps=1)
 
     def waits() -> None:
@@ -258,7 +258,7 @@ def test_a_model_without_capturable_shapes_runs_eagerly() -> None:
 
 
 def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
-    """The first gradient of `late` is in the graph's memory, so it is removed again, and the step runs eagerly."""
+    """A capture puts the first gradient of `late` into the graph's memory, so the graph is released and not used."""
     model, eager_model = fused("bert"), fused("bert")
     late = model.late = nn.Parameter(torch.ones(()))
     steps = [0]
@@ -280,7 +280,7 @@ def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
 
 
 def test_random_numbers_on_the_host_are_detected() -> None:
-    """LayerDrop decides in Python, so every replay would repeat the decision made during the capture."""
+    """If the host draws random numbers (as in LayerDrop), every replay would repeat the draws made at capture."""
     model = fused("bert")
 
     def drops(batch: dict[str, Any]) -> Tensor:

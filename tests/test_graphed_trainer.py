@@ -97,7 +97,7 @@ def trainer_layout(family: str) -> str:
 
 
 def test_training_batches_of_captured_steps_stay_on_the_host(tmp_path: Path, recorders: Recorders) -> None:
-    """Their masks are read on the host, so accelerate must not move the batches first. It moves other batches."""
+    """GraphedStep reads masks on the host, so accelerate must not move these batches to the device. It moves others."""
     for captured in (False, True):
         trainer = flare.FlareTrainer(
             model=flare_model("bert"),

@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 #: The first versions for which the counts hold. Older versions make a different number of calls.
 COUNTS_HOLD_FROM = {"torch": (2, 13), "transformers": (5, 23)}
 #: Launches in one block: (launches of stack_kernel, launches of each of OTHER_KERNELS). A self-attention stacks A and
-#: B, and runs each of OTHER_KERNELS once for query and value together. A block of mT5 has two self-attentions (encoder
-#: and decoder) and a cross-attention, which runs each of them once for the query and once for the value.
+#: B, and runs each of OTHER_KERNELS once for query and value together. For mT5, a block is an encoder block together
+#: with a decoder block: two self-attentions, and a cross-attention that stacks nothing and runs each of OTHER_KERNELS
+#: once for the query and once for the value.
 LAUNCHES = {"xlmr": (2, 1), "llama": (2, 1), "mt5": (4, 4)}
 OTHER_KERNELS = ("shrink_kernel", "expand_kernel", "grad_bottleneck_kernel", "grad_weight_kernel")
 #: Files that run or replace the kernels.

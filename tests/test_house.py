@@ -169,7 +169,7 @@ def imported_by_name(module: str, path: Path) -> set[str]:
 
 
 def import_graph(package: str, *, strict: bool) -> dict[str, set[str]]:
-    """Return module -> modules of the package that it imports when it is imported; with ``strict``, also later."""
+    """Return module -> modules of the package that its import loads; with ``strict``, also modules imported later."""
     modules = sources(package)
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():

@@ -32,7 +32,7 @@ _outcomes: dict[str, list[str]] = {}  # test id: [outcome, reason]
 
 
 class _Offline(dict):
-    """Contains every model, so that PEFT's hub_online_once treats it as downloaded and stays offline."""
+    """Contains every model, so that PEFT's hub_online_once treats all models as downloaded and stays offline."""
 
     def __contains__(self, key: object) -> bool:
         return True

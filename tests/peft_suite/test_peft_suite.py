@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """Return a folder with a hub cache, and PEFT's tests as the package ``tests`` (their messages contain its name)."""
+    """Return a folder with a hub cache and PEFT's tests as the package ``tests`` (some tests expect this name)."""
     source = os.environ.get("FLARE_PEFT_TESTS", "")
     if not (Path(source) / "testing_common.py").is_file():
         pytest.skip("FLARE_PEFT_TESTS does not name the folder of PEFT's tests (see CONTRIBUTING.md)")
