@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="compile every combination of target, dtype, rank and options (about half an hour)",
+        help="also compile the other combinations of target, dtype, rank and options (about half an hour)",
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes (default 2)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

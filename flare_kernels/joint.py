@@ -137,7 +137,7 @@ def _with_products(
         )
     biases = {} if biases is None else biases
     if unknown := sorted(set(biases) - set(weights)):
-        raise ValueError(f"biases names {unknown}, but weights has only {sorted(weights)}")
+        raise ValueError(f"biases has the names {unknown}, but weights has only {sorted(weights)}")
     for kind, frozen in (("weights", weights), ("biases", biases)):
         if trained := sorted(name for name, tensor in frozen.items() if tensor is not None and tensor.requires_grad):
             raise ValueError(
@@ -153,7 +153,7 @@ def _with_products(
         options |= {"dropout_p": p, "training": True, "backend": backend}
         return fused_lora_qkv(x, x_source, products, adapters, **options)
     like = {name: torch.empty((*x.shape[:-1], W.shape[0]), dtype=x.dtype, device="meta") for name, W in weights.items()}
-    fusions = _check(x, x_source, like, adapters, fusion, source_bottleneck, weights, p, backend)
+    fusions = _check(x, x_source, like, adapters, fusion, source_bottleneck, weights, p, backend, "weights")
     dtype = x.dtype
     if dtype == torch.float32 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -185,23 +185,28 @@ def _check(
     weights: Mapping[str, Tensor] | None,
     dropout_p: float,
     backend: str,
+    outputs: str = "base_outputs",
 ) -> dict[str, str | None]:
-    """Validate a joint call and return the fusion of every adapter (None: plain LoRA)."""
+    """Validate a joint call and return the fusion of every adapter (None: plain LoRA).
+
+    `outputs`: the argument that names the outputs, for messages.
+    """
     validation.check_numbers(1.0, dropout_p)
     validation.check_dtypes({"x": x, "x_source": x_source})
     validation.check_streams(x, x_source, None)
     for argument, mapping in (("adapters", adapters), ("source_bottleneck", source_bottleneck or {})):
         unknown = sorted(set(mapping) - set(base_outputs))
         if unknown:
-            raise ValueError(f"{argument} names {unknown}, but base_outputs has only {sorted(base_outputs)}")
+            raise ValueError(f"{argument} has the names {unknown}, but {outputs} has only {sorted(base_outputs)}")
     if weights is not None and set(weights) != set(base_outputs):
         raise ValueError(
-            f"weights names {sorted(weights)}, but base_outputs has {sorted(base_outputs)}: pass all names "
+            f"weights has the names {sorted(weights)}, but base_outputs has {sorted(base_outputs)}: pass all names "
             "or no weights at all"
         )
     if isinstance(fusion, Mapping) and set(fusion) - set(base_outputs):
         raise ValueError(
-            f"fusion names {sorted(set(fusion) - set(base_outputs))}, but base_outputs has only {sorted(base_outputs)}"
+            f"fusion has the names {sorted(set(fusion) - set(base_outputs))}, but {outputs} has only "
+            f"{sorted(base_outputs)}"
         )
     for adapter_fusion in fusion.values() if isinstance(fusion, Mapping) else (fusion,):
         validation.check_fusion(adapter_fusion, "torch" if backend == "auto" else backend)

@@ -81,7 +81,7 @@ def test_calls_are_counted_with_a_checkpoints_recompute() -> None:
         torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert calls.total == 2
     layer(x)
-    assert calls.total == 2, "the count ends with the block"
+    assert calls.total == 2, "calls after the with statement are not counted"
 
 
 # --- a whole step -----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def test_logits_and_gradients_match_the_formula(family, fusion, offset) -> None:
     actual = model(**inputs)
     actual.loss.backward()
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-5)
     expected_grads, grads = tiny.gradients(stock), tiny.gradients(model)
     assert expected_grads.keys() == grads.keys()
     for name, grad in expected_grads.items():

@@ -87,13 +87,15 @@ def test_gradients_are_accumulated() -> None:
             if parameter.requires_grad:
                 parameter.grad = torch.full_like(parameter, 0.25)
         run(batch)
+    same_gradients(model, eager_model)
+    for one, run in ((model, step), (eager_model, eager(eager_model))):
         one.zero_grad(set_to_none=True)
         run(other), run(batch), run(other), run(batch)
     same_gradients(model, eager_model)
     assert recorder.replays == 5
 
 
-def test_a_parameter_without_a_gradient_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_without_a_gradient_keeps_none() -> None:
     """With a zero gradient instead of None, AdamW would decay the weight and apply its momentum."""
     model = fused("bert")
     unused = model.unused = nn.Parameter(torch.ones(3))
@@ -132,7 +134,6 @@ def test_num_items_in_batch_is_an_input_of_the_graph() -> None:
 def test_constants_and_the_variant_are_part_of_the_shape() -> None:
     """Batches with another return_dict or another ``variant`` get their own graph."""
     model, factor = fused("bert"), [1.0]
-    step, recorder = graphed(model, warmup_steps=1)
     model.register_buffer("here", torch.zeros(()))
 
     def scaled(batch: dict[str, Any]) -> Tensor:
@@ -229,7 +230,7 @@ def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
     batches = batches if padded else [full(batch) for batch in batches]
     run = eager(eager_model)
-    with pytest.warns(UserWarning, match="source_cache has not all rows of a batch yet") as caught:
+    with pytest.warns(UserWarning, match="source_cache does not return all states of a batch yet") as caught:
         step(batches[0]), step(batches[1])
     assert len(caught) == 1 and all("source_input_ids" in batch for batch in seen)
     cache.warm, seen[:] = True, []
@@ -251,7 +252,7 @@ def test_a_real_cache_gives_the_gradients_of_a_loop_without_one() -> None:
     model.set_source_cache(cache)
     step, recorder = graphed(model, warmup_steps=1, source_cache=cache)
     batches, run = [batch_of("bert", seed=seed) for seed in range(3)], eager(eager_model)
-    with pytest.warns(UserWarning, match="source_cache has not all rows of a batch yet"):
+    with pytest.warns(UserWarning, match="source_cache does not return all states of a batch yet"):
         for batch in batches:
             step(batch)
     for batch in batches:

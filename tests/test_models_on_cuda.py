@@ -436,7 +436,7 @@ def test_training_with_captured_steps_gives_the_same_losses(
             cuda_graphs=graphed,
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "cuda_graphs: (?!source_cache has not all rows)")
+            warnings.filterwarnings("error", "cuda_graphs: (?!source_cache does not return all states)")
             trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=1e-3)

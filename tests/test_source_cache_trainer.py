@@ -72,7 +72,7 @@ def test_two_epochs_run_each_source_block_once_per_example(task, padding, tmp_pa
     again = trainer.evaluate()
     assert ran.since() == {0}
     assert again["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-5)
-    assert "source_cache: 10 of 20 rows read (50.0%)" in capsys.readouterr().out
+    assert "source_cache: 10 of 20 rows not computed (50.0%)" in capsys.readouterr().out
 
 
 def test_a_custom_collator_gets_a_warning_about_the_padded_width(tmp_path) -> None:

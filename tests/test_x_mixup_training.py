@@ -143,11 +143,14 @@ def test_a_resumed_run_gives_equal_weights_and_the_best_weights_are_loaded(task:
     assert len(predicted[0] if isinstance(predicted, tuple) else predicted) == 12
 
 
-def test_a_model_without_a_source_warns_once():
-    model, inputs = mixup_model("bert"), batch("bert")
+def test_a_model_without_a_source_warns_once_and_is_plain_lora():
+    model, inputs = mixup_model("bert").eval(), batch("bert")
     alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
     with pytest.warns(UserWarning, match="run without a source and is plain LoRA"):
-        model(**alone)
+        logits = model(**alone).logits
+    lora = plain_lora(task_model("bert").double(), r=4)
+    lora.load_state_dict({name: weight for name, weight in model.state_dict().items() if "x_mixup" not in name})
+    torch.testing.assert_close(lora.eval()(**alone).logits, logits)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**alone)
@@ -173,7 +176,7 @@ def test_invalid_arguments_raise():
     assert model.peft_config["default"].r == 4
     with pytest.raises(ValueError, match=r"source_input_ids has shape \(3, 4\), the target's input_ids \(3, 10\)"):
         model(**{**inputs, "source_input_ids": inputs["source_input_ids"][:, :4], "source_attention_mask": None})
-    with pytest.raises(ValueError, match="output_attentions=True: the mixup block attends twice"):
+    with pytest.raises(ValueError, match="output_attentions=True: the attention of the mixup block runs twice"):
         model(**inputs, output_attentions=True)
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()

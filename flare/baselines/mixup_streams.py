@@ -102,8 +102,8 @@ def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
         raise ValueError("return_dict=False: X-Mixup adds its losses to the output by name; leave return_dict out")
     if kwargs.get("output_attentions"):
         raise ValueError(
-            "output_attentions=True: the mixup block attends twice, and transformers would record two blocks; "
-            "leave output_attentions out, or leave the source out"
+            "output_attentions=True: the attention of the mixup block runs twice, and transformers would record the "
+            "weights of both runs; leave output_attentions out, or leave the source out"
         )
     cache = kwargs.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):

@@ -278,7 +278,7 @@ class Store:
         saved = "time saved not known (no pass computed all its rows)"
         if stats.seconds_saved is not None:
             saved = f"{round(stats.seconds_saved, 1) + 0.0} s saved"  # no -0.0
-        hits = f"{stats.hits} of {stats.rows} rows read ({stats.hit_rate:.1%})"
+        hits = f"{stats.hits} of {stats.rows} rows not computed ({stats.hit_rate:.1%})"
         text = f"source_cache: {hits}, {saved}; {per_tier or 'no tier'}"
         return f"{text}; {self._decided}" if self.decisions else text
 

@@ -330,7 +330,7 @@ class GraphedStep:
             return "source_cache: the states of a decoder are looked up inside the step"
         states = self._source_cache.lookup(self.model, inputs)
         if states is None:
-            return "source_cache has not all rows of a batch yet, so the step computes the missing rows"
+            return "source_cache does not return all states of a batch yet, so the step runs the source pass"
         mask = inputs.get("source_attention_mask")
         for name in _SOURCE_TEXT:
             inputs.pop(name, None)

@@ -132,5 +132,15 @@ def test_check_explains_models_that_are_missing_or_named_twice(place, tmp_path, 
 def test_label_warnings_of_token_classification_count_words():
     from flare.experiments.check.data import _warn_of_labels
 
-    lines = list(_warn_of_labels("hausa", {"train": {"O": 90, "B-PER": 3}}, "token-classification"))
+    lines = list(_warn_of_labels("hausa", {"train": {"O": 90, "B-PER": 3}}, "token-classification", rows=9))
     assert lines == ["hausa: 3 training words have the label 'B-PER'"]
+
+
+def test_label_warnings_of_multi_label_tasks_are_shares_of_the_rows():
+    """Two labels that every row has make up 50 % of the labels each."""
+    from flare.experiments.check.data import _warn_of_labels
+
+    lines = list(_warn_of_labels("hausa", {"train": {"joy": 50, "anger": 50, "fear": 20}}, "multi-label", rows=50))
+    assert [line.partition(", so ")[0] for line in lines] == [
+        f"hausa: 100 % of the training rows have the label {label!r}" for label in ("joy", "anger")
+    ]

@@ -93,7 +93,7 @@ def test_an_encoder_decoder_caches_the_states_of_both_stacks(place, tmp_path):
         (("--epochs", 1), "one epoch"),
         (("--epochs", 2, "--padding", "longest"), "padded to their longest text"),
         (("--epochs", 2, "--adapter", "source_dropout=true"), "source_dropout=True"),
-        (("--epochs", 2, "--source-cache-budget", "50KB"), "--source-cache-budget is 48.8 KiB"),
+        (("--epochs", 2, "--source-cache-budget", "50KB"), "more than --source-cache-budget (48.8 KiB)"),
     ],
 )
 def test_source_cache_auto_is_off_with_a_reason(place, tmp_path, capsys, words, reason):

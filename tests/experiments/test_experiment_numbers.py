@@ -108,6 +108,14 @@ def test_a_training_that_diverges_is_an_error_without_a_score(place, runs, capsy
     error = capsys.readouterr().err
     assert "vemari" in error and ("NaN or infinite" in error or "the loss is" in error) and "smaller --lr" in error
     assert not list((runs / "vemari").rglob("metrics.json"))
+    (record,) = (runs / "vemari").rglob("run.json")
+    assert read_record(record.parent).status == "diverged", "the report lists the run"
+    capsys.readouterr()
+    assert flare("evaluate", "--output", runs, "--setting", "translate-train", "--no-progress") == 0
+    assert "diverged (its weights, losses or logits are not finite), skipped" in capsys.readouterr().out
+    assert train(place, runs, "--method", method) == 0
+    assert "restarted with the current settings" in capsys.readouterr().out
+    assert read_record(record.parent).done
 
 
 def test_nan_weights_are_an_error_in_evaluate_and_get_no_score_in_the_report(place, runs, capsys):

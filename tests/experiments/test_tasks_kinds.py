@@ -301,7 +301,7 @@ def test_multi_label_and_regression_forms_make_rows_and_predictions():
     assert rows[0]["labels"] == 2.5
     assert (number.model_options["problem_type"], number.model_options["num_labels"]) == ("regression", 1)
     assert number.predictions(np.array([[0.25], [0.25]]), pairs) == [0.25, 0.25]
-    assert "all 2 predictions are 0.25" in number.prediction_notes([0.25, 0.25])[0]
+    assert "all 2 predictions are equal (about 0.25)" in number.prediction_notes([0.25, 0.25])[0]
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "multi-label", "regression"])

@@ -33,7 +33,7 @@ def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv
         ("id,text,label\n1,a,x\n2,b, c,y\n3,d,e,x\n", "line 3: 4 fields, but the head has 3 (id, text, label); 1 more"),
         ('id,text,label\n1,"a\nb",x\n2,b\n', "line 4: 2 fields, but the head has 3"),
         ('id,text,label\n1,"a,x\n2,b,y\n', "cannot be read as a CSV file"),
-        ("id,text,text,label\n1,a,b,x\n", "the column 'text' occurs twice in the head"),
+        ("id,text,text,label\n1,a,b,x\n", "the column 'text' occurs more than once in the head"),
         ("id;text;label\n1;a;x\n", "separated by commas; its head is 'id;text;label'"),
         ("id,text,label\n1,a,x\n2,b,y\n1,c,x\n", "row 2 (counted from 0): row 0 has the same id '1'"),
         ("id,text,label\n1,a,x\n ,b,y\n", "row 1 (counted from 0) has no id"),

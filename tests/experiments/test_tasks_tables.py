@@ -125,7 +125,7 @@ def test_a_row_with_a_missing_field_is_refused(tmp_path, form):
     ("name", "text", "message"),
     [
         ("train.tsv", "id,text,label\n1,a,x\n", "fields must be separated by tabs; its head is 'id,text,label'"),
-        ("train.tsv", "id\ttext\ttext\n", "the column 'text' occurs twice in the head"),
+        ("train.tsv", "id\ttext\ttext\n", "the column 'text' occurs more than once in the head"),
         ("train.tsv", 'id\ttext\tlabel\n1\t"a\tx\n2\tb\n', "cannot be read as a TSV file in UTF-8"),
         ("train.json", "[{]", "cannot be read as JSON"),
         ("train.json", '{"rows": []}', 'must hold a list of rows, or {"data": [rows]}; it holds an object with rows'),

@@ -222,9 +222,9 @@ def test_wrong_input_is_refused(device) -> None:
     data = make(torch.float32, device)
     base = {name: data["x"] @ W.T for name, W in data["W"].items()}
     good = {"q": (data["A"]["q"], data["B"]["q"], 1.0)}
-    with pytest.raises(ValueError, match=r"adapters names \['o'\]"):
+    with pytest.raises(ValueError, match=r"adapters has the names \['o'\]"):
         fused_lora_qkv(data["x"], None, base, {"o": good["q"]})
-    with pytest.raises(ValueError, match=r"fusion names \['o'\]"):
+    with pytest.raises(ValueError, match=r"fusion has the names \['o'\]"):
         fused_lora_qkv(data["x"], data["x_source"], base, good, fusion={"o": "add"})
     with pytest.raises(ValueError, match="pass all names or no weights at all"):
         fused_lora_qkv(data["x"], None, base, good, weights={"q": data["W"]["q"]})

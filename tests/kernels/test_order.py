@@ -278,7 +278,7 @@ def test_wrong_arguments_are_refused(device) -> None:
     W, b = {"q": t["W.q"]}, {"q": t["b.q"]}
     with pytest.raises(ValueError, match="base_outputs and weights are both None"):
         fused_lora_qkv(x, None, None, adapters)
-    with pytest.raises(ValueError, match="biases names \\['v'\\]"):
+    with pytest.raises(ValueError, match="biases has the names \\['v'\\]"):
         fused_lora_qkv(x, None, None, adapters, weights=W, biases={"v": t["b.v"]})
     with pytest.raises(ValueError, match="weights \\['q'\\] require grad"):
         fused_lora_qkv(x, None, None, adapters, weights={"q": t["W.q"].clone().requires_grad_()})

@@ -27,7 +27,6 @@ from typing import Any
 import peft
 import pytest
 
-_LORA = peft.LoraConfig
 _outcomes: dict[str, list[str]] = {}  # test id: [outcome, reason]
 
 

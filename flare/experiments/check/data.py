@@ -129,7 +129,7 @@ def check_data(
     check.warnings = [
         *(line for line in notes if "dropped" in line or "position" in line),
         *_warn_of_pairs(target, source, splits),
-        *_warn_of_labels(target, check.labels, task.kind),
+        *_warn_of_labels(target, check.labels, task.kind, len(splits.get("train", ()))),
         *_warn_of_lengths(check.lengths, setup),
         *_warn_of_vocabulary(check.vocabulary),
     ]
@@ -219,7 +219,11 @@ def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> I
         yield f"{target}: {len(repeated)} test texts are also training texts, so the test score may be too high"
 
 
-def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], kind: str) -> Iterable[str]:
+def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], kind: str, rows: int) -> Iterable[str]:
+    """Yield warnings of rare and of frequent labels.
+
+    labels: split -> label -> number of rows (of words, for tags). rows: number of training rows.
+    """
     unit = "word" if kind == "token-classification" else "row"
     train, test = labels.get("train"), labels.get("test", {})
     for label, count in (train or {}).items():
@@ -227,7 +231,7 @@ def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], kind: str) -
             yield f"{target}: no training {unit} has the label {label!r}, and {test[label]} test {unit}s have it"
         elif count < _FEW and label != "O":
             yield f"{target}: {count} training {unit}s have the label {label!r}"
-    total = sum((train or {}).values())
+    total = rows if kind == "multi-label" else sum((train or {}).values())
     for label, count in (train or {}).items():
         if count > _MAJORITY * total and label != "O":
             advice = "; choose checkpoints by macro F1 (--metric macro_f1)" if "macro_f1" in METRICS[kind] else ""
@@ -249,9 +253,11 @@ def _warn_of_lengths(lengths: Sequence[Lengths], setup: Setup) -> Iterable[str]:
     longest = max((one.longest for one in lengths), default=0)
     limit = max((one.limit for one in lengths), default=0)
     if setup.batches["padding"] == "max_length" and 0 < longest < _PADDING * limit:
+        answer = setup.max_length - limit  # tokens that a generating model reserves for its answer
         yield (
-            f"every batch is padded to {limit} tokens, and the longest text has {longest} tokens; --padding longest or "
-            f"--max-length {longest} trains faster with the same result"
+            f"every batch is padded to {setup.max_length} tokens, and the longest text has {longest} tokens"
+            + (f" ({answer} more are reserved for the answer)" if answer else "")
+            + f"; --padding longest or --max-length {longest + answer} trains faster with the same result"
         )
 
 

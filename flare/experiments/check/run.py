@@ -152,8 +152,8 @@ def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tup
     split = "valid" if data.has(data.source, "valid") else "test"
     pairs, _ = data.pairs(data.source, split)
     pairs = pairs[: settings.score_rows]
-    batch = settings.eval_batch_size or 2 * int(setup.recipe.training.get("per_device_train_batch_size", 32))
-    batch = int(settings.training.get("per_device_train_batch_size", batch))
+    training = {**setup.recipe.training, **settings.training}
+    batch = settings.eval_batch_size or 2 * int(training.get("per_device_train_batch_size", 32))
     name = f"base on {data.source}" if settings.progress else None
     return score_base(setup, pairs, split, batch, name), []
 

@@ -159,8 +159,11 @@ def _commands() -> Iterable[Capability]:
             "" if installed("pytest_benchmark") else "pytest-benchmark is missing: pip install 'flare-kernels[dev]'"
         )
     yield Capability("flare bench", not (absent or without), absent or without)
-    cuda = torch.cuda.is_available()
-    yield Capability("flare bench --tune", cuda, "" if cuda else "there is no CUDA device to tune for")
+    triton = backends()["triton"]
+    without = "" if triton else str(triton)
+    if not torch.cuda.is_available():
+        without = "there is no CUDA device to tune for"
+    yield Capability("flare bench --tune", not (absent or without), absent or without)
 
 
 def _sentencepiece(need: str) -> str:

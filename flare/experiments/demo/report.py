@@ -140,7 +140,7 @@ def legend(run_info: dict[str, Any]) -> str:
             "words are dropped or replaced, in training and at prediction time."
         )
     lines.append(
-        "Peak memory: the most bytes of live tensors during a training step, weights included. "
+        "Peak memory: the most bytes of tensors allocated during a training step, weights included. "
         "Saved for backward: activations that autograd keeps."
     )
     return "\n".join(lines)
@@ -230,7 +230,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any]) -
     quality.set_title(f"Quality on {run_info['languages']['target']}", fontsize=11, loc="left")
     costs = (
         ("seconds_per_step", 1e3, "ms per training step (median)"),
-        ("peak_bytes", 2.0**-20, "peak live tensors (MiB)"),
+        ("peak_bytes", 2.0**-20, "peak memory (MiB)"),
         ("saved_bytes", 2.0**-20, "saved for backward (MiB)"),
     )
     for position, (key, scale, title) in enumerate(costs):

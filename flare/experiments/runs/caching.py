@@ -139,8 +139,8 @@ def _too_large(needed: int, room: int, budget: int | None) -> str | None:
         return None
     limit = "a quarter of the free memory" if budget is None else "--source-cache-budget"
     return (
-        f"the source states take {readable(needed)}, and {limit} is {readable(room)} (--source-cache on stores the "
-        "states that fit)"
+        f"the source states take {readable(needed)}, more than {limit} ({readable(room)}); --source-cache on stores "
+        "the states that fit"
     )
 
 

@@ -89,15 +89,15 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
 
     Args:
         recipe: the paper's recipe.
-        quantization: "none", "nf4" or "int8" from the user; None: the recipe's quantization, if there is a CUDA device
-            and bitsandbytes is installed.
+        quantization: "none", "nf4" or "int8" from the user; None: the recipe's quantization, if the training runs on a
+            CUDA device and bitsandbytes is installed.
         given: name -> value of the TrainingArguments fields that the user set. They are not changed.
 
     Raises:
         UserError: `quantization` needs bitsandbytes, which is not installed.
     """
     notes: list[str] = []
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not given.get("use_cpu")
     bitsandbytes = installed("bitsandbytes")
     training = dict(recipe.training)
     half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -111,7 +111,7 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
         quantized = None
     elif quantized is not None and not (cuda and bitsandbytes):
         quantized = None
-        why = "bitsandbytes is not installed" if cuda else "there is no CUDA device"
+        why = "bitsandbytes is not installed" if cuda else "training runs on the CPU"
         notes.append(
             f"the base is not quantised to 4 bits as in the paper: {why} (--quantization nf4 quantises it nevertheless)"
         )
@@ -125,8 +125,6 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     if "bnb" in str(training.get("optim")) and not (cuda and bitsandbytes) and "optim" not in given:
         training["optim"] = "adamw_torch"
         notes.append("the optimizer is 32-bit AdamW: 8-bit AdamW needs a GPU and bitsandbytes")
-    if given.get("use_cpu"):
-        training["bf16"] = bool(given.get("bf16", False))
     dtype = recipe.dtype
     if dtype == "bfloat16" and not half and quantized is None:
         dtype = "float16" if cuda else "float32"

@@ -30,7 +30,17 @@ from .methods import READS_SOURCE, collator, for_method, load
 from .predictor import PREDICTIONS, Predictor, read_predictions, write_predictions
 from .provenance import read_provenance
 from .recorded_settings import common_settings, location
-from .records import Metrics, Run, RunRecord, find_runs, read_metrics, result_line, write_metrics, write_record
+from .records import (
+    Metrics,
+    Run,
+    RunRecord,
+    diverged,
+    find_runs,
+    read_metrics,
+    result_line,
+    write_metrics,
+    write_record,
+)
 from .run_folder import locked, open_run
 from .run_settings import EvaluateSettings
 from .setup import Data, Notes, Setup, place_of, prepare, task_of
@@ -221,7 +231,12 @@ class _Evaluation:
             )
         for run in chosen:
             if not run.record.done:
-                self.print_fn(f"{run.folder}: not finished, skipped; run flare train again to resume it")
+                what = diverged(run)
+                self.print_fn(
+                    f"{run.folder}: not finished, skipped; run flare train again to resume it"
+                    if what is None
+                    else f"{run.folder}: diverged ({what}), skipped; run flare train --no-resume with a smaller --lr"
+                )
                 continue
             reads = run.record.method in READS_SOURCE and not run.record.settings.get("train_only_fusion")
             if run.record.settings.get("train_only_fusion"):

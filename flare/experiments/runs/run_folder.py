@@ -172,7 +172,7 @@ def _locked_here(folder: Path) -> Iterator[None]:
 
 
 def _record_failure(folder: Path, error: UserError) -> None:
-    """Mark a diverged run in its run.json, and delete the run.json of a run that left nothing to resume.
+    """Mark a diverged run in its run.json; after another error, delete the run.json of a run with nothing to resume.
 
     If its run.json were kept, a run that failed to start (for instance because of its data) would look like a run in
     progress.
@@ -183,7 +183,7 @@ def _record_failure(folder: Path, error: UserError) -> None:
     if isinstance(error, DivergedError):
         record.status = DIVERGED
         write_record(folder, record)
-    if not record.done and nothing_to_resume(folder):
+    elif not record.done and nothing_to_resume(folder):
         for name in (LOG_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / CHECKPOINTS).is_dir():

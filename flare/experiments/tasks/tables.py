@@ -169,7 +169,9 @@ def _delimited(path: Path, delimiter: str, quoting: int) -> Table:
 def _check_head(path: Path, head: Sequence[str]) -> None:
     duplicates = sorted({name for name in head if list(head).count(name) > 1})
     if duplicates:
-        raise DataError(f"{path}: the column {', '.join(map(repr, duplicates))} occurs twice in the head; rename one")
+        shown = ", ".join(map(repr, duplicates))
+        named = f"the column {shown} occurs" if len(duplicates) == 1 else f"the columns {shown} occur"
+        raise DataError(f"{path}: {named} more than once in the head; rename the repeated ones")
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -61,12 +61,13 @@ def draw_averages(group: RunGroup, label: str) -> Any:
     grid[1][0].set_ylim(bottom=min(0, grid[1][0].get_ylim()[0]))
     legend_below(figure, list(handles.values()), list(handles))
     first = next(iter(panels.values()))
-    rows = int(first.T.counts.max())
+    rows = max(int(activations.T.counts.max()) for activations in panels.values())
     caption(
         figure,
         f"{group.shown_task}, {group.labels[label]}: mean activation of the {first.S.before.shape[1]} units of the "
-        f"first query bottleneck ({first.layer}) by token position, averaged over {rows} test rows; "
-        f"bands are ± std over rows; positions that fewer than {_SHARE:.0%} of the rows reach are left out",
+        f"first query bottleneck ({first.layer}) by token position, averaged over "
+        f"{'up to ' if len(panels) > 1 else ''}{rows} test rows; bands are ± std over rows; positions that fewer than "
+        f"{_SHARE:.0%} of the rows, or only one row, reach are left out",
     )
     return figure
 

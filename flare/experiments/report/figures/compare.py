@@ -148,9 +148,10 @@ def draw_costs(group: RunGroup, metric: str) -> Any:
     bars = ["standard deviations over seeds"] if any(line.average and line.average.spread for line in trained) else []
     ranged = [low < high for line in trained for low, high in known[line.label].ranges.values()]
     bars += ["smallest to largest cost"] if any(ranged) else []
+    languages = f"average over {len(table.languages)} languages" if several else language_name(table.languages[0])
     caption(
         figure,
-        f"{group.shown_task}: quality (average over {len(table.languages)} languages) against costs"
+        f"{group.shown_task}: quality ({languages}) against costs"
         + (f"; bars are {' and '.join(bars)}" if bars else ""),
     )
     return figure

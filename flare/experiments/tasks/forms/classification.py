@@ -175,7 +175,10 @@ class RegressionForm(ClassificationForm):
     def prediction_notes(self, predictions: Sequence[Any]) -> list[str]:
         if len(predictions) < 2 or len(set(predictions)) > 1:
             return []
-        return [f"all {len(predictions)} predictions are {predictions[0]:.4g}: a correlation with them counts as 0"]
+        return [
+            f"all {len(predictions)} predictions are equal (about {predictions[0]:.4g}): a correlation with them "
+            "counts as 0"
+        ]
 
 
 class ChoiceForm(ClassificationForm):
