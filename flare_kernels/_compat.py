@@ -1,4 +1,4 @@
-"""The non-public symbols of PyTorch and Triton that this package uses, except ``Tensor._is_view``."""
+"""The non-public symbols of PyTorch and Triton that this package uses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 #: Whether a functorch transform (vmap, grad, jvp, ...) is active.
 functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+#: Whether a tensor is a view of another tensor. Tensors made in inference mode are never marked as views.
+is_view: Callable[[torch.Tensor], bool] = torch.Tensor._is_view
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import dropout as _dropout
 from . import launch_mode, library, node, reference, validation
-from ._compat import functorch_is_active, plain_apply
+from ._compat import functorch_is_active, is_view, plain_apply
 from .call import AdapterSpec, Call
 from .fusion import EAGER_FUSIONS
 from .library import call_of
@@ -58,7 +58,7 @@ def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
     addresses = (other.untyped_storage().data_ptr() for other in others if other is not None and other.numel())
     is_shared = (
         (base_output.is_leaf and base_output.requires_grad)
-        or base_output._is_view()
+        or is_view(base_output)
         or storage.nbytes() > base_output.numel() * base_output.element_size()  # inference mode does not mark views
         or (base_output.is_inference() and not torch.is_inference_mode_enabled())
         or (base_output.numel() > 0 and storage.data_ptr() in addresses)
