@@ -1,8 +1,8 @@
 """Make batches of source and target texts, in the forms that the benchmarked methods take.
 
-A full row has m tokens and no attention mask. A padded row has between m / 4 and m tokens and padding on the right.
-Three eighths of all positions in a padded batch are padding, and source and target each have an attention mask. The
-source of a row is about as long as its target.
+A row is one source text and one target text. In a full row, both texts have m tokens, and there is no attention mask.
+In a padded row, each text has between m / 4 and m tokens, padding on the right, and an attention mask. Three eighths of
+all positions in a batch of padded rows are padding. The source of a row is about as long as its target.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Batch:
     def joined(self) -> dict[str, Tensor]:
         """Return source and target concatenated to one text, with padding at its end.
 
-        For a causal model, the labels of the source's positions are -100. Full rows have 2m tokens. Padded rows have as
-        many positions as the longest row has tokens.
+        For a causal model, the labels of the source's positions are -100. The text of a full row has 2m tokens.
+        The texts of padded rows have as many positions as the longest of them has tokens.
         """
         source, target = self.source, self.target
         text = {"input_ids": torch.cat([source["input_ids"], target["input_ids"]], dim=1)}

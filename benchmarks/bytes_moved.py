@@ -1,9 +1,10 @@
 """Compute the memory traffic of an adapter's steps in bytes: lower bounds, and what recorded launches move.
 
 The steps are the primitives shrink, expand, grad_bottleneck, grad_weight and grad_input. ``step_bytes`` returns the
-lower bound of each step at a shape, with every input read once and every output written once. The frozen products are
-not counted. A form is one way to launch a step, and ``moved`` adds up what the launches of a form read and write. The
-numbers hold for bf16 and deterministic kernels; dA, dB and partial sums are float32.
+lower bound of each step at a shape, with every input read once and every output written once. The products with the
+frozen weights ("frozen products") are not counted. A form is one way to launch a step, and ``moved`` adds up what the
+launches of a form read and write. The numbers hold for bf16 and deterministic kernels; dA, dB and partial sums are
+float32.
 Sizes, with M tokens, input width d and rank r: x, x_source and dx are (M, d). For each projection i, y_i and its
 gradient G_i are (M, n_i), and N is the sum of the n_i; T, S, dT and dS are (M, R), and R is r times the number of
 projections; A is (R, d); B_i is (n_i, r). H_i = phi(S_i, T_i) is (M, r), and dH_i = G_i B_i.
@@ -129,7 +130,8 @@ def moved(recorded: Iterable[Any]) -> int:
 def _moved_by(launch: Any) -> Iterator[Tensor]:
     """Yield the tensors that each kind of program of a launch reads or writes.
 
-    A result that is stored in its input's memory counts once, because these launches do not read the earlier value.
+    A tensor that is both an input and a result counts once. This is too little for expand without biases, which reads
+    y and writes it.
     """
     tensors = {name: value for name, value in launch.args.items() if isinstance(value, Tensor)}
     if tensors.pop("counters", None) is not None:  # the last program of a tile reads the partial sums again

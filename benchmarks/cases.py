@@ -57,7 +57,7 @@ Variants = Mapping[str, Variant | Skipped | str]
 
 @dataclass
 class Measured:
-    """Result of a case: a row for every variant (but see `failed`), and the samples of the timed variants."""
+    """Result of a case: a row per variant (one in all if the case failed), and the samples of the timed variants."""
 
     case: str
     rows: dict[str, dict[str, Any]]

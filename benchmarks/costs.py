@@ -138,7 +138,7 @@ def _of_case(rows: list[Row]) -> list[str]:
 
 
 def _not_run(rows: list[Row]) -> list[str]:
-    """Return a list of the rows that could not run on this machine, with one line per reason."""
+    """Return a list of one text, which names the skipped rows of each reason; an empty list if none was skipped."""
     skipped = [row for row in rows if row["status"] == "skipped"]
     names_by_reason: dict[str, list[str]] = {}
     for row in skipped:

@@ -25,13 +25,13 @@ def require_correct(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Check every result against float64: by norm and, with ``plain``, element by element.
+    """Check the norm of every result's error against float64 and, with ``plain``, the largest error of an element.
 
     Args:
         out: name -> result of the variant.
         truth: name -> result of the oracle, in float64.
-        plain: name -> result of plain PyTorch in the same dtype. The largest error may be twice the largest error of
-            plain PyTorch, plus the machine epsilon times the largest value.
+        plain: name -> result of plain PyTorch in the same dtype. The largest error may be at most twice the largest
+            error of plain PyTorch, plus the machine epsilon times the largest value.
         dtype: dtype of the computation.
 
     Raises:

@@ -4,11 +4,11 @@
 
 With --dry it runs small shapes in Triton's interpreter.
 
-The row programs ("rows") compute dT and dS, the strip programs ("strips") compute dB, and "both" computes all. At each
-shape, each part is timed with many tile sizes, and "both" also in two forms (ways to launch the programs). If Nsight
-Compute (ncu) is on PATH, the fastest case of each shape and part also runs under it, for the L2 hit rate and the memory
-traffic. --output receives one JSON object with the run's conditions and one row per measurement; the file is complete
-after each measurement.
+The part "rows" runs the row programs, which compute dT and dS. The part "strips" runs the strip programs, which
+compute dB. The part "both" runs all programs. At each shape, each part is timed with many tile sizes, and "both" also
+in two forms (ways to launch the programs). If Nsight Compute (ncu) is on PATH, the fastest case of each shape and part
+also runs under it, for the L2 hit rate and the memory traffic. --output receives one JSON object with the run's
+conditions and one row per measurement; the file is complete after each measurement.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Run methods of models.py on Liger's kernels, applied as the option ``use_liger_kernel`` of TrainingArguments does.
+"""Run methods of models.py on Liger's kernels, which ``use_liger_kernel`` of TrainingArguments applies too.
 
-Liger replaces RMSNorm, the gated feed-forward layer, the rotary embedding, and the head with its loss, so that the full
-logits are never in memory. It replaces the function of the rotary embedding for all models of a family. The methods on
-Liger's kernels therefore install the replacement only during their calls, so that the other methods keep transformers'
-function.
+Liger replaces RMSNorm, the gated feed-forward layer, the rotary embedding, the head and the loss. Its head and loss
+never hold the full logits in memory. It replaces the function of the rotary embedding for all models of a family. The
+methods on Liger's kernels therefore install the replacement only during their calls, so that the other methods keep
+transformers' function.
 """
 
 from __future__ import annotations

@@ -326,7 +326,7 @@ def blocks_below(base: Any) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def _fusing(model: Any, states: list[Tensor], targets: list[str]) -> Iterator[None]:
-    """Replace the forward of PEFT's LoRA layers by FLARE's formula, with one PyTorch operation at a time."""
+    """Replace the forward of PEFT's LoRA layers by FLARE's formula in eager PyTorch, within the context."""
     patched = []
     for block, state in zip(blocks_below(model.get_base_model()), states, strict=False):
         for path, layer in block.named_modules():

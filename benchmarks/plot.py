@@ -203,7 +203,7 @@ def timed_model(rows: list[Row], llama: bool) -> str:
 
 
 def _bars(plt: Any, groups: list[list[Row]]) -> tuple[Any, Any]:
-    """Return a figure with one axis per group of rows. Each row has a label and space for a horizontal bar."""
+    """Return a figure and its axes, one per group of rows. Each row has a label and space for a horizontal bar."""
     heights = [len(group) for group in groups]
     size = (8.0, 1.6 + 0.7 * len(groups) + 0.24 * sum(heights))
     figure, axes = plt.subplots(

@@ -3,9 +3,10 @@
     python benchmarks/precompile.py [--jobs N] [--seconds S] [--most N]
 
 A benchmark runs in one process and compiles missing kernels one after the other. Compiling them in advance lets a run
-of all cases start timing minutes earlier. The launches are recorded on the device but not executed, so that they
-have the tiles that its tuned launch table gives. The frozen products are executed. The launches of tests/kernels are
-not included, because these tests compile in their own processes. Without a GPU, the kernels are compiled for sm_90.
+of all cases start timing minutes earlier. The launches are recorded on the device, so that they have the tiles of the
+device's tuned launch table, but they are not executed. The products with the frozen weights are executed. The launches
+of tests/kernels are not included, because these tests compile in their own processes. Without a GPU, the kernels are
+compiled for sm_90.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ SOURCES: dict[str, Callable[[Any], None]] = {
 
 
 def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Yield, for each function in `SOURCES`, its name and the units that no earlier function needs.
+    """Yield, for each function in `SOURCES`, its name and the units to compile that no earlier function needs.
 
-    A unit to compile is one kernel with one set of compile-time arguments. If a function fails, its error is printed,
-    and the units of the other functions are still yielded.
+    A unit is one kernel with one set of compile-time arguments. If a function fails, its error is printed, and the
+    units of the other functions are still yielded.
     """
     from flare_kernels import aot
     from flare_kernels.launch_mode import recording

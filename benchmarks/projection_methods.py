@@ -1,8 +1,8 @@
 """Compute the q and v projections of one block with a fusing adapter in several ways, and in float64 as a reference.
 
-A method computes the output of each projection from the inputs of a case. :func:`step` adds the backward pass. Inputs,
-with M tokens, input width d, output width n and rank r: x, x_source (M, d); per projection the weight W (n, d), the
-bias b (n), the output gradient G (M, n), and for adapted projections A (r, d) and B (n, r).
+A method computes the output of each projection from the inputs of a case (one shape). :func:`step` adds the backward
+pass. Inputs, with M tokens, input width d, output width n and rank r: x, x_source (M, d); per projection the weight
+W (n, d), the bias b (n), the output gradient G (M, n), and for adapted projections A (r, d) and B (n, r).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Method:
         autocast: whether the forward pass runs under bf16 autocast.
         order: the forced order of frozen products and adapters. Empty: the package chooses it.
         gated: replaces ``project`` in the comparison with the float64 result (gate.py). None: ``project`` is compared.
-        gated_p: lora_dropout of ``gated``. It is 0.5, because 1 / (1 - p) is then exact in bf16. With 0.1, rounding
+        gated_p: lora_dropout of ``gated``. Use 0 or 0.5, because 1 / (1 - p) is then exact in bf16. With 0.1, rounding
             x / (1 - p) flips the sign of some elements of T near zero, and thereby the derivative of relu.
     """
 
@@ -179,7 +179,7 @@ def peft_layers(shape: shapes.ProjectionShape, frozen: Frozen, t: Inputs, p: flo
 
 
 def eager(pair: Any, frozen: Frozen) -> Project:
-    """Return the method on PEFT's layers.
+    """Return the function `Method.project` on PEFT's layers.
 
     It casts x and x_source to the adapters' dtype, and every product and sum is one operation.
     """
@@ -203,7 +203,7 @@ def eager(pair: Any, frozen: Frozen) -> Project:
 
 
 def separate(backend: str, frozen: Frozen) -> Project:
-    """Return the method with one autograd node per projection."""
+    """Return the function `Method.project` with one autograd node per projection."""
 
     def project(t: Inputs) -> dict[str, Tensor]:
         out = {}
@@ -219,7 +219,7 @@ def separate(backend: str, frozen: Frozen) -> Project:
 
 
 def joint(backend: str, frozen: Frozen, p: float = 0.0) -> Project:
-    """Return the method with one autograd node for all projections.
+    """Return the function `Method.project` with one autograd node for all projections.
 
     With bf16 weights, the node also computes dx of the frozen products. With bf16 weights and backend "auto", it
     computes the frozen products too, as in a layer of a model.
@@ -291,6 +291,6 @@ def forward_mode(method: Method, device: torch.device) -> Any:
 
 @functools.cache
 def _launch_mode(order: str) -> launch_mode.Mode:
-    """Return the mode that forces an order. It is made once, so that its launch plans are reused in later calls."""
+    """Return the mode that forces an order ("": no order). It is cached, so that later calls reuse its launch plans."""
     with forcing(form=order or None):
         return launch_mode.current

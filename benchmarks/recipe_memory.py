@@ -77,7 +77,7 @@ def need(name: str, m: int) -> Need:
         if isinstance(module, torch.nn.Linear) and "head" not in path and "classifier" not in path
     )
     others = sum(parameter.numel() for parameter in base.parameters()) - linears
-    if shape is MT5:  # models.py builds mT5 with a head that is not tied to the embedding
+    if shape is MT5:  # the published model has a separate head, but models.py ties the head to the embedding
         others += shape.vocabulary * shape.d if base.config.tie_word_embeddings else 0
     wide = 4 if recipe.dtype == "float32" else 2
     frozen = linears * NF4 + others * wide if recipe.quantization else (linears + others) * wide

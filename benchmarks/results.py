@@ -14,13 +14,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
-#: Files that a measurement depends on, except the files of benchmarks/ that only process results (`_AFTERWARDS`).
+#: Patterns of the files that a measurement depends on. The matching files of benchmarks/ that only process results do
+#: not count (`_AFTERWARDS`).
 _SOURCES = ("flare_kernels/**/*.py", "flare/**/*.py", "benchmarks/*.py")
 _AFTERWARDS = {"summary.py", "costs.py", "tables.py", "plot.py", "results.py"}
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """Return twelve digits of a hash of the source files that a measurement depends on.
+    """Return twelve hexadecimal digits of a hash of the source files that a measurement depends on.
 
     Unlike the commit, it does not change when results are committed, and it needs no git repository.
     """

@@ -5,7 +5,7 @@ has: ``question``, the name of its question; ``case``, the name of its case; ``h
 cases, which the summary and most figures show; and ``estimate_s``, the estimated seconds of the case on a data-centre
 GPU. There are three grids: ``tiny`` (default on a CPU: small models, mostly with the proportions of the published
 models), ``main`` (default on a GPU: everything that `summary.json` needs, and a few more sizes) and ``full``
-(everything). The letters are: d width, M tokens, B rows, m tokens per row, r rank, L blocks.
+(everything). The letters are: d width, M tokens, B rows of a batch, m tokens per text, r rank, L blocks.
 """
 
 from __future__ import annotations
@@ -141,10 +141,10 @@ class ProjectionShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """A training step on B rows of m tokens through ``depth`` blocks (None: as many as fit into the device's memory).
+    """A training step on B rows of texts of m tokens, through ``depth`` blocks (None: all blocks of the model).
 
-    If ``padded``, three eighths of the positions are padding, and the batch has masks. Otherwise rows are full and have
-    no mask.
+    On a GPU whose memory does not suffice, the step has fewer blocks. If ``padded``, three eighths of the positions are
+    padding, and the batch has masks. Otherwise rows are full and have no mask.
     """
 
     model: ModelShape

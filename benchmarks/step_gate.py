@@ -3,9 +3,10 @@
 The gradients of each method are compared with float64 in a model of two blocks, on two rows of the full length. The
 model has its full width, and float64 is cheap at this size. The relative error may be at most twice the error of PEFT's
 eager layers plus one machine epsilon, and at most `WHOLE_MODEL`; for methods on Liger's kernels, only the second bound
-is checked. With nf4 weights, the reference is PEFT's eager layers instead of float64. At full size, the gradients of
-one step are compared with PEFT's eager layers in the same dtype, and the error may be at most twice `WHOLE_MODEL`.
-Compiled methods are checked at full size only, because compiling them a second time for the small model takes too long.
+is checked. At full size, the gradients of one step are compared with PEFT's eager layers in the same dtype, and the
+error may be at most twice `WHOLE_MODEL`. With nf4 weights, which have no float64 form, this is also the check of the
+model of two blocks. Compiled methods are checked at full size only, because compiling them a second time for the small
+model takes too long.
 """
 
 from __future__ import annotations

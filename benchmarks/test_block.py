@@ -2,8 +2,8 @@
 
 The model has one block of the real transformers classes, random weights, and a vocabulary of at most 1,024, so that
 embedding and head cost almost nothing. Gradients reach the block's input, as inside a deep model. FLARE first runs the
-frozen block on the source text (flare-warm reads its states from a cache). Input-level fusion reads source and target
-as one text of 2m tokens.
+frozen block on the source text (flare-warm reads the source states from a cache). Input-level fusion reads source and
+target as one text of 2m tokens.
 """
 
 from __future__ import annotations

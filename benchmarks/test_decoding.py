@@ -218,7 +218,7 @@ GENERATE_CONDITIONS = "greedy, key-value cache, random weights, full rows, promp
 def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Variants:
     """Return the variants of all providers on one set of weights.
 
-    A provider with a source that raises ValueError is skipped, and the message of the error is the reason.
+    If generating with a source raises ValueError, the provider is skipped, and the error's message is the reason.
     """
     dtype = dtype_of(device)
     with quiet():

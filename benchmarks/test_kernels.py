@@ -1,4 +1,4 @@
-"""How long does each primitive (kernel step) take, compared with its memory floor and with plain PyTorch (BLAS)?
+"""How long does each primitive (step of an adapter) take, compared with its memory floor and with plain PyTorch (BLAS)?
 
 The dtype is bf16 and the fusion add_relu. The floor is the number of bytes that the primitive must move
 (bytes_moved.step_bytes), divided by the copy bandwidth that is measured in the same run. On a CPU, only plain PyTorch

@@ -6,10 +6,10 @@ with its dropout off, and ``flare-joint-dropout`` with dropout 0.5. The variants
 
 - ``frozen``: the frozen products alone, forward and dx into one buffer.
 - ``peft-*``: the formula written in eager PyTorch with PEFT's lora.Linear layers, because PEFT has no second stream.
-  PEFT's layers do the dropout, the scaling and the cast of x. Each call gets other weights, so that none is left in the
-  L2 cache (whole PEFT layers are measured in test_block.py and test_training_step.py). ``fp32-autocast`` has float32
-  adapters under bf16 autocast (PEFT's default); all others have bf16 adapters. ``dropout`` has lora_dropout 0.1, and
-  ``compile`` runs under torch.compile.
+  PEFT's layers do the dropout, the scaling and the cast of x. A and B come from the inputs, which change from call to
+  call, so that none is left in the L2 cache. (Whole PEFT layers are measured in test_block.py and
+  test_training_step.py.) ``fp32-autocast`` has float32 adapters under bf16 autocast (PEFT's default); the other
+  variants have bf16 adapters. ``dropout`` has lora_dropout 0.1, and ``compile`` runs under torch.compile.
 - ``addmm-*``: plain PyTorch with addmm (this package's "torch" backend), each projection alone or both together.
 - ``flare-*``: the backend that the package chooses on this device. ``separate`` calls fused_lora for each projection.
   ``joint`` calls fused_lora_qkv with the frozen weights. This call also computes the frozen products and their dx, as

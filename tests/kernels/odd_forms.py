@@ -1,8 +1,8 @@
-"""Calls with odd sizes in the forms that only a tuned launch table chooses.
+"""Calls with odd sizes in the implementations ("forms") that only a tuned launch table chooses.
 
-A step is one operation of the adapter, such as "shrink", and a form is one implementation of a step. Without a tuned
-table, the general rule chooses the first form of each step (flare_kernels/triton_ops/config.py). odd_calls.py runs the
-calls of both modules.
+A step is one operation of the adapter, such as "shrink", and has one or more forms. Without a tuned table, the general
+rule chooses the first form of each step (flare_kernels/triton_ops/config.py). odd_calls.py runs the calls of both
+modules.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The forms of grad_bottleneck, compared with float64 for several tile sizes, and the bytes that each form moves.
+"""Tests of the results of each form (implementation) of grad_bottleneck, and of the bytes that each form moves.
 
-The forms differ in the order of their programs (flare_kernels/triton_ops/grad_bottleneck.py).
+The results are compared with float64 for several tile sizes. The forms differ in the order of their programs
+(flare_kernels/triton_ops/grad_bottleneck.py).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def forced(form: str, tiles: str) -> Any:
 @by_form
 @pytest.mark.parametrize(("tiles", "dtype"), [("short steps", F32), ("long steps", BF16)], ids=str)
 def test_each_form_matches_float64(form: str, tiles: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Two projections of different widths. The sum over rows in dB is split among programs (split-K).
+    """Two projections of different widths share a call. The sum over rows in dB is split among programs (split-K).
 
     Calls that need only dB, or only dT and dS, give the same bits.
     """
@@ -73,7 +74,10 @@ def test_each_form_matches_float64(form: str, tiles: str, dtype: torch.dtype, de
 
 
 def test_rows_first_has_the_same_programs_in_another_order() -> None:
-    """Both grids have one program per tile of rows, and one per strip of each chunk; only their order differs."""
+    """Both forms have one program per tile of rows, and one per strip of columns in each chunk of rows.
+
+    Only the order of the programs differs.
+    """
     G, B, T = torch.empty(8192, 4096), torch.empty(4096, 64), torch.empty(8192, 64)
     config = TileConfig(64, 64, 128, 64, num_warps=4, num_stages=2, programs=264)
     grids = {}

@@ -31,7 +31,7 @@ MARGIN = 24
 
 
 class Framed:
-    """Factory of tensors inside larger buffers, which can check that the surrounding memory is unchanged."""
+    """Makes tensors inside larger buffers, and checks that the memory around the tensors is unchanged."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, Tensor, Tensor]] = []

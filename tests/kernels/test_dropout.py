@@ -1,4 +1,4 @@
-"""Packed dropout masks: known Philox values, equal bits in PyTorch and Triton, drop rate, independence."""
+"""Tests of packed dropout masks: known Philox values, equal bits in PyTorch and Triton, drop rate, independence."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 def framed(x: Tensor) -> Tensor:
-    """Return x as a view into a NaN-filled buffer whose row stride is a multiple of 16, as descriptors require."""
+    """Return x as a view into a NaN-filled buffer whose rows have a multiple of 16 bytes, as descriptors require."""
     rows, columns = x.shape
     frame = torch.full((rows + 2, -(-columns // 16) * 16 + 16), torch.nan, dtype=x.dtype, device=x.device)
     frame[1:-1, :columns] = x

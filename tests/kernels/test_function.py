@@ -19,7 +19,7 @@ LEAVES = ("x", "base_output", "lora_A", "lora_B", "x_source", "source_bottleneck
 def make(
     lead: tuple[int, ...], d: int, n: int, r: int, dtype: torch.dtype, device: torch.device, adapter_dtype=None
 ) -> dict[str, Tensor]:
-    """Return random inputs with a non-zero B. They have no S: tests of source_bottleneck add it."""
+    """Return random inputs with a non-zero B and without source_bottleneck, which some tests add."""
 
     def randn(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) * scale).to(device, to)
@@ -238,9 +238,10 @@ def test_base_output_is_overwritten_only_if_it_is_not_shared(device) -> None:
 @pytest.mark.parametrize("fusion", ALL)
 @pytest.mark.parametrize("M", [64, 128])
 def test_only_the_necessary_tensors_are_saved(M, fusion, device) -> None:
-    """Besides A and B, only x, x_source, T, S, and B in the compute dtype (if it is small next to x) are saved.
+    """Only A, B, x, x_source, T, S and a bfloat16 copy of B are saved.
 
-    For "add", T + S is saved instead of T and S. Without fusion, x_source is not read, and there is no S.
+    The copy is saved if x has at least 16 times as many bytes. For "add", T + S is saved instead of T and S. Without
+    fusion, x_source is not read, and there is no S.
     """
     d, r = 256, 8
     inputs = make((M,), d, d, r, torch.bfloat16, device, torch.float32)

@@ -1,4 +1,4 @@
-"""The package for the Hugging Face kernels hub: it has the source's files, its own operators, and equal results."""
+"""Tests of the package for the Hugging Face kernels hub: the source's files, separate operators, equal results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fused_lora_qkv gives the results of one call per projection, and reads each stream only once."""
+"""fused_lora_qkv gives the results of one call per projection, and reads x and x_source only once."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_joint_results_equal_the_oracle(backend, subset, fusion, source, device)
 @pytest.mark.parametrize("subset", SUBSETS, ids=["qv", "qkv", "v", "none"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_the_node_computes_dx_of_the_frozen_products(subset, dropout_p, device) -> None:
-    """With ``weights``, outputs and gradients equal those of backend="reference".
+    """With ``weights``, backend="torch" gives the outputs and gradients of backend="reference".
 
     Without adapters, the gradient of x is the sum of dy W over the projections.
     """

@@ -167,14 +167,14 @@ def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counted(call: Callable[[], Any]) -> int:
-    """Return the number of Python and C calls that a call makes, including itself."""
+    """Return the number of Python and C calls that the function ``call`` makes."""
     events: list[str] = []
     sys.setprofile(lambda frame, event, of: events.append(event) if event in ("call", "c_call") else None)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return len(events) - 2  # without the call of the lambda and the call of setprofile
+    return len(events) - 2  # without the call of ``call`` and the call of setprofile
 
 
 @pytest.mark.parametrize("namespace", [primitives, primitives.tuned], ids=["triton", "auto"])

@@ -1,4 +1,4 @@
-"""The node under torch.compile: one graph, eager results, valid operators."""
+"""Tests of fused_lora and fused_lora_qkv under torch.compile: one graph, eager results, valid operators."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_compiled_layer_is_one_graph_with_eager_results(call, backend, fusion,
 
 
 def test_inductor_compiles_one_graph_for_all_lengths(device) -> None:
-    """There is one graph for all lengths, and another one without gradients."""
+    """Three lengths share one graph. Without gradients, the compiled function gives the eager output."""
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
@@ -91,7 +91,7 @@ def test_inductor_compiles_one_graph_for_all_lengths(device) -> None:
         torch.testing.assert_close(compiled(t)[0], one(t)[0])
 
 
-def test_dropout_draws_as_in_eager_mode(device) -> None:
+def test_a_compiled_layer_draws_the_dropout_masks_of_eager_mode(device) -> None:
     t = make(device)
     options = {"dropout_p": 0.4, "training": True}
     results = []

@@ -1,4 +1,4 @@
-"""NaN and infinity propagate through every backend exactly as through autograd of the formula."""
+"""Tests that every backend gives NaN and infinity in the same elements as autograd of the formula."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def run(t: dict[str, Tensor], adapted: str, biased: str, backend: str, **options
     return {**{f"y.{n}": y.detach() for n, y in ys.items()}, **{f"d{key}": leaves[key].grad for key in trained}}
 
 
-#: Adapted projections, projections with a bias, rank of v (the others have 5), options.
+#: Adapted projections, projections with a bias, rank of v (q and k have rank 5), options.
 CASES = {
     "qv": ("qv", "qkv", 5, {"fusion": "add_relu"}),
     "no bias": ("qv", "", 5, {"fusion": "mul_relu"}),
@@ -117,7 +117,10 @@ def test_adapter_first_matches_the_oracle(case: str, backend: str, device, order
 @by_backend
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_adapter_first_in_16_bit_is_as_close_to_float64_as_peft(dtype: torch.dtype, backend: str, device) -> None:
-    """The norm of the error is at most that of PEFT's form, base + (H B^T) s, which rounds each intermediate result."""
+    """The norm of the error is at most the norm of the error of PEFT's form, base + (H B^T) s.
+
+    PEFT's form rounds each intermediate result.
+    """
     t = make(dtype, device, M=70, d=256, r=8)
     wide = {key: value.double() for key, value in t.items()}
     truth = run(wide, "qv", "qkv", "reference", fusion="add")

@@ -38,7 +38,7 @@ LARGE = 227 * 1024
 
 
 class Device:
-    """Simulated host and stream. A launch takes host time; its kernel starts after it, when the stream is free."""
+    """Simulated host and stream. A launch takes host time. Its kernel then starts as soon as the stream is free."""
 
     def __init__(self) -> None:
         # in microseconds: the time on the host, and the time at which the stream has run all its kernels
@@ -124,7 +124,7 @@ def test_problems_yield_the_most_used_sizes_first_and_each_entry_once() -> None:
 
 
 def test_the_bytes_of_a_step_are_its_lower_bound() -> None:
-    """For the shape of Llama, the bytes of each step equal a count by hand, in megabytes.
+    """For the shape of Llama, the bytes of each step equal a count by hand to within 0.1 MB.
 
     Each input is read once and each result is written once; y is an input and a result.
     """
@@ -269,7 +269,7 @@ print(*sorted({unit.kernel for unit in units}))
 
 
 def simulated_timer(us: Callable[[launch_mode.Mode], float]) -> timing.Timer:
-    """Return a timer that runs a call and returns a time that depends on the launch mode."""
+    """Return a timer whose result, in microseconds, depends only on the launch mode."""
 
     def timer(run, inputs, *, rounds: int) -> float:
         if rounds > 1:  # a timing of one round does not run the call, because the interpreter is slow

@@ -178,7 +178,7 @@ def test_every_form_has_tiles_by_rule_and_by_table() -> None:
 
 
 def test_a_forced_form_comes_before_a_tuned_one_and_the_general_rule(monkeypatch) -> None:
-    """A forced form comes before a tuned form, and a tuned form before the general rule's.
+    """A forced form comes before a tuned form, and a tuned form before the form of the general rule.
 
     If the device or the call does not support a form, the next one is taken.
     """
@@ -215,7 +215,7 @@ def test_a_forced_form_comes_before_a_tuned_one_and_the_general_rule(monkeypatch
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
     """Tensors whose rows have only a few elements cannot be aligned.
 
-    They are looked up as aligned operands ("narrow"), as the tuner stores them.
+    They are looked up under "narrow" (the class of aligned 16-bit operands), where the tuner stores their entries.
     """
     lookups: set[tuple[str, str]] = set()
     monkeypatch.setattr(forms, "tuned_entry", lambda step, operands, *_: lookups.add((step, operands)))
