@@ -78,7 +78,8 @@ def label(variant: str) -> str:
 _COSTS = {
     "projection": (
         "The query and value projections of one block with FLARE adapters",
-        "Forward and backward, frozen products included. ms: device time; peak: memory beyond the inputs.",
+        "Forward and backward, frozen products included (but not in adapters without the frozen products). ms: device "
+        "time; peak: memory beyond the inputs.",
     ),
     "generate": (
         "Generating text",

@@ -60,7 +60,8 @@ def require_correct(
             allowed = 2 * plain_worst + torch.finfo(dtype).eps * float(expected.abs().max())
             if not worst <= allowed:
                 raise WrongResult(
-                    f"{name}: largest error {worst:.3e} > {allowed:.3e} (twice plain PyTorch, plus one epsilon)"
+                    f"{name}: largest error {worst:.3e} > {allowed:.3e} (twice plain PyTorch's error, plus epsilon "
+                    "times the largest value)"
                 )
 
 

@@ -15,7 +15,8 @@ import shapes
 from steps import build, effort, methods_of
 
 CONDITIONS = (
-    "forward + backward of a one-block model, LoRA on query and value, random weights, full rows, no checkpointing"
+    "forward + backward of a one-block model, LoRA on query and value (except in frozen), random weights, full rows, "
+    "no checkpointing"
 )
 _CASES = [(shape, variant) for shape in shapes.blocks(shapes.grid()) for variant in methods_of(shape)]
 

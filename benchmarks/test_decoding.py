@@ -163,7 +163,9 @@ def _graphed(rotation: Rotation, floor: dict[str, Any]) -> Variant:
             run(t)
         for name in outputs:
             if not torch.equal(t[name], replayed[name]) or torch.equal(replayed[name], before[name]):
-                raise WrongResult(f"{name}: the graph's replay differs from the call it captured")
+                raise WrongResult(
+                    f"{name}: the graph's replay differs from the call it captured, or it changed nothing"
+                )
 
     turn = itertools.count()
     return Variant(lambda: graphs[next(turn) % len(graphs)].replay(), check, facts=dict(floor))

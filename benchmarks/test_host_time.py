@@ -27,9 +27,9 @@ from timing import Effort, device_work
 from flare_kernels.testing import launches_left_out
 
 CONDITIONS = (
-    "forward + backward, LoRA on query and value, random weights, full rows; on a CPU no kernels are launched and the "
-    "width is 64; dropout: lora_dropout 0.1; checkpointing: every block, use_reentrant=False; the ratio to PEFT's "
-    "time is the median of the ratios of all rounds"
+    "forward + backward (frozen: forward only), LoRA on query and value (except in frozen), random weights, full rows; "
+    "on a CPU no kernels are launched and the width is 64; dropout: lora_dropout 0.1; checkpointing: every block, "
+    "use_reentrant=False; the ratio to PEFT's time is the median of the ratios of all rounds"
 )
 #: Variant whose backward pass runs on the calling thread instead of autograd's thread -> the variant that is otherwise
 #: equal. The variants on the left run on a GPU only.

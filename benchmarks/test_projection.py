@@ -80,7 +80,8 @@ VARIANTS = (
 _ORDERS = ("flare-frozen-first", "flare-adapter-first")
 CONDITIONS = (
     "bf16, add_relu, forward + backward (dx, dA, dB), q and v adapted (except in frozen), frozen products included "
-    "(except in flare-adapter-only), inputs rotated through twice the L2 cache"
+    "(except in flare-adapter-only), adapters in float32 in *-fp32-autocast, dropout 0.1 in *-dropout, inputs rotated "
+    "through twice the L2 cache"
 )
 
 

@@ -25,8 +25,9 @@ import shapes
 from steps import build, effort, methods_of
 
 CONDITIONS = (
-    "forward + backward + AdamW, LoRA on query and value, random weights, no checkpointing, full rows without a mask "
-    "(padded: 3/8 pads, masks given), source pass in every step (flare-warm: from a cache on the device)"
+    "forward + backward + AdamW (frozen: no AdamW), LoRA on query and value (except in frozen), random weights, no "
+    "checkpointing, full rows without a mask (padded: 3/8 pads, masks given), source pass in every step of FLARE "
+    "(flare-warm: source states from a cache on the device)"
 )
 _CASES = [(shape, variant) for shape in shapes.steps(shapes.grid()) for variant in methods_of(shape)]
 

@@ -111,14 +111,17 @@ def lora_step(width: int) -> int:
     tokens = B * width
     head = 3 * 2 * B * (d * d + d * CLASSES)  # forward, weight and input gradient
     frozen = 3 * L * block_forward(width) - L * 2 * tokens * (4 * d * d + 2 * d * f)  # no gradient of frozen weights
-    adapter = 2 * tokens * r * (3 * d + 3 * d)  # products with A: T, dA, dx; products with B: phi B^T, its gradient, dB
+    adapter = 2 * tokens * r * (3 * d + 3 * d)  # products with A: T, dA, dx; products with B: phi B^T, dphi, dB
     first = 2 * tokens * 3 * d * d + 2 * 2 * tokens * r * d  # the first block needs no gradient of its input or key
     first += 2 * B * width**2 * d
     return head + frozen + 2 * L * adapter - first
 
 
 def flare_step(width: int) -> int:
-    """Return the FLOPs of plain LoRA, the source's forward pass, and for each adapter S and the source's part of dA."""
+    """Return the FLOPs of plain LoRA, the source's forward pass, and two products per adapter.
+
+    These products compute S and the source's part of dA.
+    """
     return lora_step(width) + L * block_forward(width) + 2 * L * 2 * (2 * B * width * r * d)
 
 
@@ -210,9 +213,10 @@ def joint(t: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_transient_memory_is_at_most_a_twentieth_of_eager_pytorch() -> None:
     """Compare an adapter's forward pass by backend="torch" with the same formula in eager PyTorch.
 
-    With H = phi(S, T), eager PyTorch writes H B^T and s H B^T to memory. backend="torch" writes relu(S), relu(T) and
-    their sum H; the Triton kernels compute H in registers. S and T are counted only for eager PyTorch, because
-    backend="torch" keeps them for backward. Here r / n = 1 / 32; the models have 1 / 64 to 1 / 16.
+    At its peak, eager PyTorch holds the frozen output and 2 phi(S, T) B^T, each as large as y, and T and S.
+    backend="torch" holds relu(S), relu(T) and their sum phi(S, T), which the Triton kernels compute in registers. S and
+    T are counted only for eager PyTorch, because backend="torch" keeps them for backward. Here r / n = 1 / 32; in the
+    paper's models it is 1 / 64 to 1 / 16.
     """
     t = tensors()
     y = TOKENS * WIDTH * BF16

@@ -36,7 +36,7 @@ from .states import StateKey
 class SourcePass(torch.autograd.Function):
     """Compute S of every group, and in backward the source's share of every dA. See the module's docstring.
 
-    ``memory`` stores the states' rows and yields them again in backward; it is None if no A needs a gradient. The
+    ``memory`` stores the states and yields them again in backward; it is None if no A needs a gradient. The
     forward pass fills ``sizes`` (path of a stack of blocks -> size (B, m) of its states) and ``stacked`` (layers of a
     group -> their stacked A).
     """

@@ -73,7 +73,7 @@ class Watch:
         self._config_values = list(chain.from_iterable(self._config_views))
 
     def is_unchanged(self) -> bool:
-        """Return whether nothing has changed since the snapshot. This makes no Python call per module or weight."""
+        """Return whether the hidden states are as at the snapshot. This makes no Python call per module or weight."""
         with without_torch_function():
             return (
                 all(map(is_, map(dict.get, self._holders, self._keys), self._values))

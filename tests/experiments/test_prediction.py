@@ -76,7 +76,7 @@ def pairs(place: Path) -> tuple[list[str], list[str]]:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def test_texts_without_a_source_are_an_error_unless_no_source_is_given(place, tmp_path, capsys):
+def test_a_missing_source_is_an_error_unless_the_flag_no_source_is_given(place, tmp_path, capsys):
     words = ("--input", place / "texts.jsonl", "--output", tmp_path / "out.jsonl")
     assert predict(place, *words) == 2
     err = capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_texts_without_a_source_are_translated(place, tmp_path, capsys):
 
 
 def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
-    """No batch is translated or predicted twice, and the output equals the output of an uninterrupted command."""
+    """No saved batch is translated or predicted again, and the output equals the output of an uninterrupted command."""
     few = write_jsonl(tmp_path / "texts.jsonl", read_jsonl(place / "texts.jsonl")[:10])
     words = ("--input", few, "--translator", place / "mt", *CODES, "--batch-tokens", 96, "--batch-size", 4)
     assert predict(place, *words, "--output", tmp_path / "whole.jsonl") == 0

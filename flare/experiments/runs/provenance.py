@@ -19,7 +19,7 @@ def read_provenance(translations: Path | None, source: str, target: str, texts: 
     Args:
         translations: output folder of flare translate.
         source, target: source language and target language of the run.
-        texts: source text and target text of the run, each "gold", "mt" or None.
+        texts: kinds of the run's source text and target text, each "gold", "mt" or None.
     """
     if translations is None or "mt" not in texts:
         return None

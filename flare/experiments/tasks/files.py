@@ -73,7 +73,7 @@ def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Exa
 
 
 def examples_of(table: Table, task: Task, where: str) -> list[Example]:
-    """Check the keys, ids, columns, labels and answers of a table, and return its rows as examples."""
+    """Return the rows of a table as examples. Check that every row has the needed columns, ids, labels and answers."""
     needed = (*task.id_columns, *needed_columns(task, table.columns))
     check_keys(table.rows, [column for column in needed if column in table.columns], where)
     check_ids(table.rows, table.columns, task, where)

@@ -145,7 +145,7 @@ def writes_tags(tokenizer: Any) -> bool:
 
 
 def known_tags(tokenizer: Any) -> list[str]:
-    """Return the language tags of a tokenizer, including tags that were added to it."""
+    """Return the language tags that a tokenizer knows."""
     listed = getattr(tokenizer, "lang_code_to_id", None)
     if listed:
         return sorted(listed)

@@ -14,7 +14,8 @@ from .model import TranslationError, TranslationModel, check_tag, position_limit
 
 SOURCE_TOKENS = 512  # maximum length in NLLB's training
 NEW_TOKENS = 512
-# Fields of a model's generation_config that are kept. They concern special tokens; all search settings are replaced.
+# Fields of a model's generation_config that are kept. They name special and forbidden tokens; all search settings
+# are replaced.
 _KEPT_FIELDS = (
     "decoder_start_token_id",
     "bos_token_id",
@@ -218,7 +219,7 @@ class Translator:
             pieces, return_tensors="pt", padding=True, padding_side="right", truncation=True, max_length=limit
         )
         inputs = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        # generate() fills unset fields, such as beams and sampling, from the model's generation_config
+        # generate() takes fields that its config leaves unset, such as length_penalty, from the model's config
         model.generation_config = self._generation
         generated = model.generate(**inputs, generation_config=self._generation).cpu()
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)

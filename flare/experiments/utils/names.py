@@ -1,4 +1,4 @@
-"""Check names of languages and runs, which become folders or parts of file names, and other texts of the user."""
+"""Check texts of the user: names of languages and runs, which become folders or parts of file names, and others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def folder_name(name: str, what: str) -> str:
 
     Raises:
         UserError: the name is a path, empty or too long, starts with a dot, starts or ends with a space, or contains
-            characters that some file systems reject.
+            a control character, a line break or a lone surrogate.
     """
     fault = _fault(name)
     if fault:
