@@ -145,7 +145,7 @@ def _with_products(
             )
     names = tuple(weights)
     bias_list = [biases.get(name) for name in names]
-    # the frozen products stay outside the node, as plain operators
+    # in these cases, the frozen products stay outside the node, as plain operators
     if backend == "reference" or torch.compiler.is_compiling() or (backend == "auto" and needs_plain_operators()):
         with torch.no_grad():
             products = {name: F.linear(x, weights[name], bias) for name, bias in zip(names, bias_list, strict=True)}
@@ -189,7 +189,7 @@ def _check(
 ) -> dict[str, str | None]:
     """Validate a joint call and return the fusion of every adapter (None: plain LoRA).
 
-    `outputs`: the argument that names the outputs, for messages.
+    `outputs`: name of the argument whose keys are the outputs, for messages.
     """
     validation.check_numbers(1.0, dropout_p)
     validation.check_dtypes({"x": x, "x_source": x_source})

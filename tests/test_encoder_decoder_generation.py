@@ -77,12 +77,13 @@ def test_a_source_stays_at_its_end_token_and_rows_are_independent() -> None:
     source = {"source_decoder_input_ids": torch.full((3, 1), START)}
     sequences, logits = generated(model, {**inputs, **source}, 6, eos_token_id=end, min_new_tokens=6)
     source_text = frozen_text(model, inputs, 6, [end])
-    # after the source's end token every position fuses with that token's state
+    # teacher forcing reads on after the source's end token, so it agrees with generation only up to this token
     expected = teacher_forced(model, inputs, sequences, source_text).float()
     torch.testing.assert_close(logits[0, :3], expected[0, :3], **TOLERANCE)
     assert not torch.allclose(logits[0, 3:], expected[0, 3:], atol=1e-4)
     base = model.get_base_model()
     states = states_of_decoder(model, inputs, source_text)
+    # generation fuses every later position with the end token's state
     for state in states:
         state[0, 3:] = state[0, 2]
     encoder = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])

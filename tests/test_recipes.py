@@ -225,7 +225,12 @@ REFUSED = [
     ({"base": "x"}, {}, ValueError, "task is missing; one of: SEQ_CLS"),
     ({"task": "SEQ_CLS", "lr": 1}, {}, ValueError, "lr: not a key of a recipe; keys: about, adapter"),
     ({"task": "CLS"}, {}, ValueError, "task='CLS' is not accepted"),
-    ({"task": "SEQ_CLS", "adapter": {"rank": 4}}, {}, ValueError, "adapter has rank: not a field of FlareConfig"),
+    (
+        {"task": "SEQ_CLS", "adapter": {"rank": 4}},
+        {},
+        ValueError,
+        "adapter has rank; it takes the fields of FlareConfig",
+    ),
     ({"task": "SEQ_CLS", "training": 3}, {}, TypeError, "training must be a mapping, got 3"),
     ("qlora", {"gradient_checkpointing": "on"}, ValueError, "gradient_checkpointing='on' is not accepted"),
 ]

@@ -83,7 +83,7 @@ def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: 
 def _in_training(module: nn.Module) -> bool:
     """Return whether a module is in train mode. FLARE layers and quantised linears are skipped.
 
-    PEFT adds adapters in train mode to any model, and the mode of a quantised linear is never changed.
+    PEFT adds adapters in train mode even to a model in eval mode, and libraries create quantised linears in train mode.
     """
     if isinstance(module, FlareLayer) or is_quantized_linear(module):
         return False
@@ -220,7 +220,7 @@ class SharedStep:
         self.source_states: Bottlenecks = {}
 
     def enter_block(self, key: StateKey, hidden: Tensor) -> None:
-        """Compute S of a block from the hidden states (t + s, 1, d) of target and source at the block's input."""
+        """Compute S of a block from the source's rows of its input, which has rows of both texts: (t + s, 1, d)."""
         groups = self.groups.get(key)
         if groups is None:
             return

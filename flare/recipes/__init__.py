@@ -39,7 +39,7 @@ TASKS = {
 _CHECKPOINTING = (False, True, "non-reentrant", "reentrant")
 # These heads are trained, or used in full precision, so they must not be quantised.
 _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
-# FlareConfig has a field revision too, but in a recipe revision is an argument of the base's from_pretrained.
+# FlareConfig has a field revision too. The revision of a recipe is an argument of the base's from_pretrained.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
 
 # Options that let from_pretrained or PEFT run code or read pickles. A call may set them, a recipe may not.
@@ -100,7 +100,10 @@ class Recipe:
         self._refuse_code()
         unknown = sorted(set(self.adapter) - _ADAPTER_FIELDS)
         if unknown:
-            raise ValueError(f"recipe {self.name!r}: adapter has {', '.join(unknown)}: not a field of FlareConfig")
+            raise ValueError(
+                f"recipe {self.name!r}: adapter has {', '.join(unknown)}; it takes the fields of FlareConfig except "
+                "revision, which belongs under model"
+            )
 
     def _refuse_code(self) -> None:
         """Raise ValueError for an option that would run code from a model's folder or from the hub."""
@@ -124,8 +127,9 @@ class Recipe:
         ``Recipe`` is returned unchanged.
 
         Raises:
-            ValueError: ``recipe`` is neither a known name nor a YAML file, the task is missing, or a key or value is
-                not accepted.
+            TypeError: a key that needs a mapping has another value.
+            ValueError: ``recipe`` is neither a known name nor a YAML file, the name of a file with ``tasks`` has no
+                ``/TASK``, or a key or value is missing or not accepted.
         """
         if isinstance(recipe, Recipe):
             return recipe
@@ -245,7 +249,7 @@ class Recipe:
         return kind(output_dir=os.fspath(output_dir), **{**self.training, **changes})
 
     def _changed(self, changes: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-        """Return the recipe with the changed keys, the changed fields of FlareConfig, and all other changes.
+        """Return three parts: the recipe with its changed keys, changed fields of FlareConfig, and other changes.
 
         The other changes are arguments of the base's from_pretrained.
         """

@@ -378,7 +378,10 @@ class FlareDataCollator:
         return (width - right, right) if on_the_left else (left, width - left)
 
     def _widened(self, left: int, right: int, max_length: int | None) -> tuple[int, int]:
-        """Return the numbers of columns raised to ``widths``, as far as this batch and max_length allow."""
+        """Return the numbers of columns raised to ``widths``.
+
+        If the second number does not fit into max_length, neither is raised; the first is raised as far as it fits.
+        """
         if self.widths is None:
             return left, right
         wider = max(right, self.widths[1])

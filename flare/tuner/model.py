@@ -341,9 +341,9 @@ class FlareModel(LoraModel):
             source_alignment: "training": position j of the target's prompt is fused with position j of the source's
                 prompt, and new token t with the source's new token t. After the source has ended, its end token is
                 used. "release", for decoder-only models: as in the authors' release, all positions of a forward (the
-                prompt, or one new token) are fused with a single position of the source. When the target has n tokens
-                (prompt, padding and new tokens), this position is the source's new token n - 1, or the source's last
-                new token if the source has fewer than n - 1.
+                prompt, or one new token) are fused with a single position of the source, which is decoded first. If
+                the target is n tokens long after the forward (padding included), it is the source's n-1st new token,
+                or its last one if it has fewer.
             source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch.
                 "keep": S is computed from the padding's hidden states. Default: "zero" for decoder-only models,
                 independent of the adapter's config; the config's value for encoder-decoders. "release" supports only

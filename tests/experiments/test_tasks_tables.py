@@ -82,7 +82,7 @@ def test_every_format_gives_the_same_rows(tmp_path, form):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_has_the_same_checks(tmp_path, form):
-    """In every format, the error messages name the row and the reason."""
+    """In every format, the error messages name the row or the column, and the reason."""
     good = [{"id": str(i), "text": "a", "label": "xy"[i % 2]} for i in range(12)]
     cases = {
         "row 2 (counted from 0): row 0 has the same id '0'": [*good[:2], {**good[2], "id": "0"}],

@@ -1,4 +1,4 @@
-"""Tests of the results of each form (implementation) of grad_bottleneck, and of the bytes that each form moves.
+"""Tests of the two Triton forms (implementations) of grad_bottleneck: their results and the bytes that they move.
 
 The results are compared with float64 for several tile sizes. The forms differ in the order of their programs
 (flare_kernels/triton_ops/grad_bottleneck.py).
@@ -112,7 +112,8 @@ def llama(bytes_moved: Any) -> Any:
 def test_bytes_of_each_form_follow_from_the_shapes(bytes_moved: Any, llama: Any) -> None:
     """Each form moves the bytes of its tensors, and writes and reads the partial sums of dB once.
 
-    The form rows_first reads G, T and S twice from memory.
+    Both forms read G, T and S for dH and again for dB. In the form "triton" the second read comes from the L2 cache, in
+    "rows_first" from memory.
     """
     M, N, r = 8192, 5120, 64
     floor = 2 * M * N + 4 * (2 * M * 2 * r) + 2 * N * r + 4 * N * r
@@ -127,7 +128,7 @@ def test_bytes_of_each_form_follow_from_the_shapes(bytes_moved: Any, llama: Any)
     assert bytes_moved.moved(bytes_moved.launches(problem, "triton")) < 1.2 * floor
 
 
-def test_reading_G_only_once_would_need_too_many_partial_sums(bytes_moved: Any, llama: Any) -> None:
+def test_computing_dH_and_dB_in_one_program_would_need_too_many_partial_sums(bytes_moved: Any, llama: Any) -> None:
     """Programs that computed dH and dB from one read of G would write partial sums of both.
 
     With 100 or more programs (an H200 has 132 multiprocessors), they would move more than 1.5 times the least bytes.

@@ -82,7 +82,7 @@ def test_every_kernel_stays_within_its_tensors(case: Any, framed: Framed) -> Non
 
 
 @pytest.mark.parametrize("case", odd_forms.CASES, ids=str)
-def test_every_form_stays_within_its_tensors(case: Any, framed: Framed) -> None:
+def test_every_form_of_a_step_stays_within_its_tensors(case: Any, framed: Framed) -> None:
     with bounds.checked() as seen:
         for actual, expected in odd_forms.odd_forms(case, framed, torch.device("cpu")):
             require_close(actual, expected, case[3][0])

@@ -49,7 +49,10 @@ def one(t: dict[str, Tensor], **options) -> tuple[Tensor, ...]:
 
 
 def joint(t: dict[str, Tensor], **options) -> tuple[Tensor, ...]:
-    """Return the outputs of query and value with S, and of a frozen key; the node computes dx of all products."""
+    """Return the outputs of query and value with S, and of a frozen key.
+
+    The frozen products are inputs of the call. The node computes their share of dx.
+    """
     weights = {"q": t["W"], "k": t["W"][:9], "v": t["V"]}
     with torch.no_grad():
         base = {name: F.linear(t["x"], W) for name, W in weights.items()}

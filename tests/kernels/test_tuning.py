@@ -1,7 +1,7 @@
 """Tests of launch tables: the file, the lookup, and how backend="auto" uses an entry. test_tuner.py tests the tuner.
 
 An entry of a table gives the form (implementation) and the tiles of a step at one size on one GPU. Without an entry,
-the general rule (config.choose) gives them.
+the general rule gives them: the first form in config.FORMS, with the tiles of config.choose.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def test_auto_takes_the_form_of_the_table(monkeypatch, device) -> None:
             run(triton_ops.tuned)
             for actual, expected in zip(run(triton_ops.tuned), expected_results, strict=True):
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-            assert used == [chosen] * 2  # the cached plan has the same form
+            assert used == [chosen] * 2  # the second call has the same form
             run(triton_ops)
             assert used == [chosen] * 2  # backend="triton" does not follow the table
         used.clear()
@@ -278,7 +278,7 @@ def test_auto_takes_the_form_of_the_table(monkeypatch, device) -> None:
             dx = triton_ops.tuned.grad_input(expected_results[3], A, dtype=x.dtype)
         torch.testing.assert_close(dx, expected_results[-1], rtol=1e-4, atol=1e-4)
         assert names == launched
-    # dropout always takes the kernels, which do not copy the streams
+    # with dropout, the kernels are always taken: they mask x and x_source without a copy
     table("all")
     dT = expected_results[3]
     with launch_mode.forcing():

@@ -35,7 +35,7 @@ class TrainedAdapter:
         record: record of the run. For an adapter without a run, a record made from its folder and the options.
         folder: folder of the adapter.
         base: folder or hub id of the base model.
-        setup: the tokenizer of the base, the recipe (such as data types), and the form (which turns texts into model
+        setup: the tokenizer of the base, the recipe (with the data types), and the form (which turns texts into model
             inputs).
         model: the base with the adapter, in eval mode on its device.
         collate: collator that makes the batches of the model.
