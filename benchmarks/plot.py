@@ -22,7 +22,7 @@ from tables import caption, table
 
 Row = dict[str, Any]
 
-#: Colour of each method in all figures (Okabe and Ito's palette, which colour-blind readers can distinguish).
+#: Colours of the methods (Okabe and Ito's palette, which colour-blind readers can distinguish).
 COLOURS = {
     "flare": "#0072B2",
     "flare-warm": "#009E73",
@@ -36,7 +36,6 @@ COLOURS = {
 }
 _PARTS = {"source": "#009E73", "forward": "#56B4E9", "backward": "#0072B2", "optimizer": "#999999"}
 _MARKERS = {"shrink": "o", "expand": "s", "grad_bottleneck": "^", "grad_weight": "D", "grad_input": "v"}
-_FAMILY_MARKS = {"llama": "-", "xlmr": "--", "gemma2": ":", "mt5": "-."}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

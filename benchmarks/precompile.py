@@ -5,8 +5,7 @@
 A benchmark runs in one process and compiles missing kernels one after the other. Compiling them in advance lets a run
 of all cases start timing minutes earlier. The launches are recorded on the device, so that they have the tiles of the
 device's tuned launch table, but they are not executed. The products with the frozen weights are executed. The launches
-of tests/kernels are not included, because these tests compile in their own processes. Without a GPU, the kernels are
-compiled for sm_90.
+of tests/kernels are not included. Without a GPU, the kernels are compiled for sm_90.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def tiny_model(labels: int) -> tuple:
-    """Return a random BERT and its tokenizer for the made-up language."""
+    """Return a tokenizer for the made-up language and a random BERT for it."""
     from flare.experiments.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()

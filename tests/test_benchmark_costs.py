@@ -117,7 +117,7 @@ def test_rows_that_did_not_run_are_listed_with_their_reason() -> None:
     assert "- FLARE as its authors run it: failed, out of memory" in text
 
 
-def test_every_row_of_a_result_file_is_shown() -> None:
+def test_every_row_with_costs_is_shown() -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "plot.py", RECORDED], capture_output=True, text=True, check=True, cwd=BENCHMARKS
     )

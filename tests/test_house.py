@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
-#: Folders with Python files, for a copy of the project that git does not track.
+#: Folders with Python files. They are searched if the project is a copy without git.
 FOLDERS = (*PACKAGES, "benchmarks", "tests", "examples", "tools")
-#: Packages without import cycles, even if imports inside functions, for type checkers and by import_module count.
+#: Packages without import cycles. Imports inside functions, under TYPE_CHECKING and with import_module count too.
 STRICT_PACKAGES = ("flare_kernels", "flare")
 #: Modules that import a module whose name is in a variable. This test cannot follow such imports.
 DYNAMIC_IMPORTS = {"flare_kernels.aot", "flare"}
@@ -346,7 +346,7 @@ def test_environments_install_the_tested_versions():
     assert newest == {package: f"<{untested}" for package, (_, untested) in TESTED.items()}
     for package, (floor, untested) in TESTED.items():
         assert any(re.fullmatch(rf"{package}>={floor}(;.*)?", need) for need in dependencies), package
-        if package == "torch":  # an older CPU build cannot be installed without a CUDA download
+        if package == "torch":  # see constraints/oldest.txt
             assert oldest[package] == newest[package]
             assert f"torch>={floor}$(comma)<{untested},torch==" in (ROOT / "Makefile").read_text()
         else:

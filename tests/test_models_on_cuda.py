@@ -361,7 +361,7 @@ def kernels(run: Any) -> tuple[Counter[str], float]:
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("kind", ["lora", "keep"])
-def test_attention_runs_its_eager_kernels_in_a_replay(
+def test_a_replay_launches_the_attention_kernels_of_an_eager_step(
     kind: str, padded: bool, cuda: torch.device, record_property: Any
 ) -> None:
     """The model has four blocks with the sizes of XLM-R Large, and runs under bf16 autocast.

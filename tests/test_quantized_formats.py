@@ -187,7 +187,7 @@ def test_a_frozen_layer_without_a_gradient_is_refused_in_training(fusion, monkey
     dispatch_to(gptq.GPTQLoraLinear, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        targets = [*NAMES, "o_proj"]  # without an adapter on o_proj, no gradient would reach the block below
+        targets = [*NAMES, "o_proj"]  # with an adapter on o_proj, the input of the next block needs a gradient
         model = flare.fast_lora(base_with(NoGradient, torch.float32), **LORA, fusion=fusion, target_modules=targets)
     tiny.randomize_lora(model)
     with torch.no_grad():

@@ -40,7 +40,7 @@ NO_SOURCE_LABELS_WARNING = (
 
 
 def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
-    """Install the hooks on the model. They run before flare.source.hooks, which removes the source arguments."""
+    """Install the hooks on the model. The first one runs before flare.source.hooks removes the source arguments."""
     runtime.handles += [
         model.register_forward_pre_hook(_before_model, with_kwargs=True, prepend=True),
         model.register_forward_hook(_after_model, with_kwargs=True),

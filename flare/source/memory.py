@@ -106,7 +106,7 @@ class Offload:
         self.host[key] = pinned
 
     def _release_previous(self) -> None:
-        """Free the previous state's buffer. Its next contents wait on the device until the copy is done.
+        """Free the previous state's buffer. The computing stream waits for the copy before it can reuse the buffer.
 
         record_stream is not enough: with it, the buffer is freed only when the host sees that the copy is done. If the
         host runs ahead of the device, it would then find no freed buffer and allocate another for every state.

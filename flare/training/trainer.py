@@ -98,7 +98,7 @@ class SourceCacheCallback(TrainerCallback):
 class FlareTrainer(Trainer):
     """transformers.Trainer for rows of two texts.
 
-    Without gradient accumulation, rows without a source give the same results as with Trainer.
+    With rows of one text and a model that does not fuse, the results without gradient accumulation are as with Trainer.
 
         model = flare.fast_lora(model, r=64, lora_alpha=128)
         rows = [{"input_ids": [...], "source_input_ids": [...], "labels": 1}, ...]
@@ -192,9 +192,7 @@ class FlareTrainer(Trainer):
             self.data_collator = collator.fitted(data[index] for data in sets for index in range(len(data)))
         except (ValueError, KeyError, TypeError):
             return  # these rows cannot be collated; training raises an error that says why
-        _log.info(
-            "source_cache: every batch is padded to one length, (left, right, decoder) %s", self.data_collator.widths
-        )
+        _log.info("source_cache: every batch has %d + %d columns, and %d in the decoder", *self.data_collator.widths)
 
     def _log_cache(self, logs: dict[str, float]) -> None:
         """Add the cache's hit rate, size and saved seconds to logs of training, but not to logs of an evaluation.

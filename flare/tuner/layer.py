@@ -137,7 +137,8 @@ class FlareLayer:
             slot.met.add(self)
         mixes = context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
         by_modules = slot.plain
-        if torch.compiler.is_compiling():  # slot.running is False in a recompute, so a graph must not depend on it
+        if torch.compiler.is_compiling():
+            # slot.running is False when a checkpoint recomputes its block, so a graph must not depend on it
             by_modules = torch.compiler.is_exporting()
         elif not slot.running:
             by_modules = by_modules or needs_plain_operators()

@@ -45,8 +45,8 @@ def calls(
 ) -> Iterator[Callable[[], Any]]:
     """Yield calls of every primitive on new tensors.
 
-    ``which``: number of the only tensor that gets ``layout``, counted from 1 in the order in which the tensors are
-    created; all other tensors are plain. 0: all tensors get it.
+    ``which``: number of the only tensor that gets ``layout``, counted from 1 in the order of the calls of ``draw``; all
+    other tensors are plain. 0: all tensors from ``draw`` get it. The masks and the seed are always plain.
     """
     M, K, N, R = size
     drawn = 0

@@ -55,7 +55,9 @@ class Framed:
 
     def require_untouched(self) -> None:
         for buffer, outside, before in self.buffers:
-            assert torch.equal(self.bits(buffer)[outside], before), f"a write outside a tensor of {tuple(buffer.shape)}"
+            assert torch.equal(self.bits(buffer)[outside], before), (
+                f"a write into the margin of a buffer of {tuple(buffer.shape)}"
+            )
 
 
 @pytest.fixture

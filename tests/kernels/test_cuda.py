@@ -96,7 +96,7 @@ def test_a_second_step_calls_compiled_kernels_and_gives_the_same_bits(M: int, p:
     """The first step launches through Triton's ``kernel[grid]``, the second calls the compiled kernels directly."""
     t = make(M)
     results = []
-    with forcing():  # with an empty cache of plans
+    with forcing():  # caches nothing of earlier calls, so that the first step launches through kernel[grid]
         for _ in range(2):
             torch.manual_seed(0)
             results.append(step(t, dropout_p=p, training=True))

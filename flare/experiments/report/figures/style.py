@@ -98,9 +98,9 @@ def plain_axes(axes: Any) -> None:
 
 
 def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the color, hatch and marker of each line, given the lines' methods.
+    """Return the color, hatch and marker of each entry of a figure (a bar or a plotted line), given their methods.
 
-    Lines of one method share a color; up to seven of them differ in shade or hatch.
+    Entries of one method share a color; up to seven of them differ in shade or hatch.
     """
     taken: dict[str, int] = {}
     colors = dict(_COLORS)
