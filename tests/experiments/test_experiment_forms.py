@@ -155,6 +155,11 @@ def test_settings_that_need_a_gpu_are_turned_off_without_one(place, monkeypatch)
     assert len(notes) == 3 and all("GPU" in note or "CUDA" in note for note in notes)
     adapted_to_user, _ = adapt_to_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
     assert adapted_to_user.training["bf16"] is True  # a value given by the user is kept
+    for has_bf16 in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, has=has_bf16: has)
+        on_cpu, notes = adapt_to_machine(recipe, None, {"use_cpu": True})
+        assert on_cpu == adapted and "--use_cpu is given" in notes[0]
 
 
 def test_decoders_can_be_padded_to_the_full_length(place, tmp_path):

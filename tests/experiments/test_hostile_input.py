@@ -133,7 +133,7 @@ CASES = {
     "an empty model": (write("x", ""), FINETUNE.replace("{0}/bert", ""), "--model is empty"),
     "an empty output": (write("x", ""), FINETUNE.replace("{0}/runs", ""), "--output is empty"),
     "an empty model of the demo": (write("x", ""), DEMO.replace("{0}/bert", ""), "--model is empty"),
-    "an empty language": (write("x", ""), DEMO.replace("english", ""), "--source '' is empty"),
+    "an empty language": (write("x", ""), DEMO.replace("english", ""), "--source is empty"),
     "an empty --config": (write("x", ""), "train --config ", "--config is empty"),
     "no threads": (write("x", ""), f"{FINETUNE} --threads 0", "--threads must be from 1 to 1024; got 0"),
     "too many threads": (write("x", ""), f"{DEMO} --threads 9999999", "--threads must be from 1 to 1024"),

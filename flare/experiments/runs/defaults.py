@@ -97,7 +97,8 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
         UserError: `quantization` needs bitsandbytes, which is not installed.
     """
     notes: list[str] = []
-    cuda = torch.cuda.is_available() and not given.get("use_cpu")
+    use_cpu = bool(given.get("use_cpu"))
+    cuda = torch.cuda.is_available() and not use_cpu
     bitsandbytes = installed("bitsandbytes")
     training = dict(recipe.training)
     half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -111,7 +112,8 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
         quantized = None
     elif quantized is not None and not (cuda and bitsandbytes):
         quantized = None
-        why = "bitsandbytes is not installed" if cuda else "training runs on the CPU"
+        without_cuda = "--use_cpu is given" if use_cpu else "there is no CUDA device"
+        why = "bitsandbytes is not installed" if cuda else without_cuda
         notes.append(
             f"the base is not quantised to 4 bits as in the paper: {why} (--quantization nf4 quantises it nevertheless)"
         )
