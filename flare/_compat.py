@@ -297,11 +297,6 @@ def after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
-def backward_id() -> int:
-    """Return a number that identifies the running backward pass within this process; -1 outside a backward pass."""
-    return int(torch._C._current_graph_task_id())
-
-
 def synchronizes_gradients(model: nn.Module) -> bool:
     """Return whether FSDP2 reduces gradients in this backward pass; True if FSDP2 is not used.
 

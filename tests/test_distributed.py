@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
@@ -216,6 +217,24 @@ def test_gradients_are_averaged_after_a_backward_pass_that_failed(monkeypatch) -
     weight.grad = None
     weight.sum().backward()
     assert torch.equal(weight.grad, torch.full((3,), 1.5))
+
+
+def test_gradients_are_averaged_once_in_a_pass_with_reentrant_checkpoints(monkeypatch) -> None:
+    """A reentrant checkpoint runs a backward pass inside the backward pass."""
+    reduced = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced.append)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    first, last = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    average = _GradientAverage(torch.nn.Module(), [first, last])
+    for weight in (first, last):
+        weight.register_post_accumulate_grad_hook(average)
+    for steps in (1, 2):
+        hidden = torch.ones(3, requires_grad=True)
+        for _ in range(2):
+            hidden = checkpoint(lambda x: x * first, hidden, use_reentrant=True)
+        (hidden * last).sum().backward()
+        assert len(reduced) == steps
+    assert torch.equal(first.grad, torch.full((3,), 4.0)) and torch.equal(last.grad, torch.full((3,), 2.0))
 
 
 def test_data_parallel_with_a_source_raises() -> None:

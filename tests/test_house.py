@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,12 @@ def test_python_files_have_at_most_450_lines():
     assert "flare/__init__.py" in lengths  # the check itself works
     long = {name: lines for name, lines in lengths.items() if lines > 450}
     assert not long, f"split by purpose: {long}"
+
+
+def test_test_files_have_different_names():
+    """pytest collects no two files of one name, because tests/ and benchmarks/ are not packages."""
+    names = Counter(path.name for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_golden_numbers_stay_small():

@@ -6,6 +6,9 @@ above all in the source pass, which gathers the A of each layer separately.
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .._compat import after_backward, backward_id, synchronizes_gradients, unit_classes
+from .._compat import after_backward, synchronizes_gradients, unit_classes
 
 
 def replicate_adapters(model: nn.Module) -> set[nn.Parameter]:
@@ -63,17 +66,18 @@ class _GradientAverage:
 
     def __init__(self, model: nn.Module, trained: list[nn.Parameter]) -> None:
         self.model, self.trained = model, trained
-        # A pass that fails never runs its callback, so the next pass must not rely on it.
-        self.scheduled_in: set[int] = set()
+        # Only the backward pass holds the callback. A pass that fails frees it without a call, and the next pass must
+        # schedule another.
+        self.scheduled: Callable[[], Any] = lambda: None
 
     def __call__(self, parameter: Tensor) -> None:
-        current = backward_id()
-        if current not in self.scheduled_in:
-            self.scheduled_in.add(current)
-            after_backward(lambda: self.average(current))
+        if self.scheduled() is None:
+            callback = functools.partial(self.average)
+            self.scheduled = weakref.ref(callback)
+            after_backward(callback)
 
-    def average(self, current: int) -> None:
-        self.scheduled_in.discard(current)
+    def average(self) -> None:
+        self.scheduled = lambda: None
         if not synchronizes_gradients(self.model):
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}

@@ -347,6 +347,7 @@ def test_flags_override_the_yaml_file(tmp_path):
         ("output_dir: x", "output_dir cannot be given"),
         ("progress: 3", "progress must be true or false"),
         ("task: [a, b]", "task takes one value"),
+        ("output:", "output is empty; give a value, or remove the line"),
         ("- nusax", "must map names to values"),
         ("task: [", "cannot be read"),
     ],

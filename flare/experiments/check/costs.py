@@ -88,7 +88,7 @@ class Score:
         return accuracy <= self.majority + 100 * math.sqrt(share * (1 - share) / max(self.rows, 1))
 
 
-def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name: str | None) -> Score:
+def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name: str | None, use_cpu: bool) -> Score:
     """Return the base's score on rows of the source language.
 
     Args:
@@ -97,9 +97,10 @@ def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name
         split: name of the split of these rows.
         batch: rows per batch.
         name: label of the progress bar; None: no bar.
+        use_cpu: whether to use the CPU even if there is a GPU.
     """
     set_seed(0)
-    device = _device(use_cpu=False)
+    device = _device(use_cpu)
     model = setup.load_model()
     model = model if setup.recipe.quantization is not None else model.to(device)
     rows, _ = setup.form.eval_rows(pairs, with_source=False)

@@ -155,7 +155,7 @@ def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tup
     training = {**setup.recipe.training, **settings.training}
     batch = settings.eval_batch_size or 2 * int(training.get("per_device_train_batch_size", 32))
     name = f"base on {data.source}" if settings.progress else None
-    return score_base(setup, pairs, split, batch, name), []
+    return score_base(setup, pairs, split, batch, name, bool(settings.training.get("use_cpu"))), []
 
 
 def _costs(settings: CheckSettings, grid: Sequence[Plan], base: Base, data: Data) -> list[Cost]:

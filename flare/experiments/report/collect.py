@@ -242,9 +242,17 @@ def _same_rows(one: Run, other: Run) -> bool:
     return a.get("test") == b.get("test") or not (a.get("test") and b.get("test"))
 
 
+#: Kind of a run -> what to do if its numbers are not finite.
+_AFTER_DIVERGING = {
+    "finetune": "run flare finetune --no-resume with a smaller --lr",
+    "train": "run flare train --no-resume with a smaller --lr",
+    "evaluate": "fine-tune the base again (flare finetune --no-resume), then run flare evaluate",
+}
+
+
 def _exclusion_reason(run: Run) -> str | None:
     if what := diverged(run):
-        return f"diverged, {what}; run flare train --no-resume with a smaller --lr"
+        return f"diverged, {what}; {_AFTER_DIVERGING.get(run.record.kind, _AFTER_DIVERGING['train'])}"
     if not run.record.done:
         return f"not finished (status {run.record.status!r}); run the same command again to resume it"
     if run.record.kind != "finetune" and not run.metrics.test:

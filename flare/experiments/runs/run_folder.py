@@ -77,9 +77,9 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
     saved = read_record(folder)
     differing = differences(saved, record)
     if differing and not saved.done and nothing_to_resume(folder):
-        print_fn(
-            f"{folder}: the earlier run ended before its first checkpoint; it is restarted with the current settings"
-        )
+        evaluates = record.kind == "evaluate"
+        what = "evaluation was not finished" if evaluates else "run ended before its first checkpoint"
+        print_fn(f"{folder}: the earlier {what}; it is restarted with the current settings")
         write_record(folder, record)
         return "new"
     if differing:
@@ -95,6 +95,9 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
             f"{folder}: the run was started with {saved.processes} processes and is resumed with {record.processes}. "
             "Each step still has the same rows, but dropout draws other masks, and seconds per step are measured anew"
         )
+    if saved.status == DIVERGED:
+        saved.status = record.status
+        write_record(folder, saved)
     return "unfinished"
 
 

@@ -23,7 +23,18 @@ _NO_SPACE_BEFORE = (".", ",")
 # its particles follow a name without a space.
 _WITHOUT_SPACES = (
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "TAI ", "NEW TAI LUE", "JAVANESE", "BALINESE"),
-    *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "HANGUL", "FULLWIDTH", "HALFWIDTH"),
+    *(
+        "CJK",
+        "IDEOGRAPHIC",
+        "HIRAGANA",
+        "HENTAIGANA",
+        "KATAKANA",
+        "BOPOMOFO",
+        "YI ",
+        "HANGUL",
+        "FULLWIDTH",
+        "HALFWIDTH",
+    ),
 )
 
 NO_ANSWER = "no answer"

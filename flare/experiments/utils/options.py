@@ -164,6 +164,10 @@ def read_settings(
         parsed = _parse_training(rest, trains, known)
         _check_training(parsed, trains, known, flag)
         training.update(parsed)
+    required = {one.name for one in fields(kind) if one.default is not None and one.name in known}
+    for name, value in from_file.items():
+        if value is None and name in required and known[name]["kind"] != "map":
+            raise UserError(f"{named}{name} is empty; give a value, or remove the line to use the default")
     merged = {name: _convert(value, known[name], f"{named}{name}") for name, value in from_file.items()}
     for name, value in values.items():
         converted = _convert(value, known[name], flag(name))
