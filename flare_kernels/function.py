@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -166,8 +167,10 @@ class FusedLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True
+            saved = ctx.saved_tensors  # unpacked once: a non-reentrant checkpoint allows no second time
+            unpacked = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
             with torch.no_grad():
-                return differentiable_once(FusedLoRA.backward(ctx, *grads), (*grads, *ctx.saved_tensors))
+                return differentiable_once(FusedLoRA.backward(unpacked, *grads), (*grads, *saved))
         call: Call = ctx.call
         count_y, count_S, _ = ctx.sizes
         count = call.count

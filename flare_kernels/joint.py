@@ -143,6 +143,13 @@ def _with_products(
             raise ValueError(
                 f"{kind} {trained} require grad, but the node computes no gradient for them: pass base_outputs"
             )
+    validation.check_dtypes({"x": x} | {f"biases[{name!r}]": bias for name, bias in biases.items()})
+    for name, bias in biases.items():
+        if bias is not None and tuple(bias.shape) != weights[name].shape[:1]:
+            raise ValueError(
+                f"biases[{name!r}] has shape {tuple(bias.shape)}, expected {tuple(weights[name].shape[:1])}: the width "
+                "of the output"
+            )
     names = tuple(weights)
     bias_list = [biases.get(name) for name in names]
     # in these cases, the frozen products stay outside the node, as plain operators
@@ -257,7 +264,8 @@ def _reference(
     for name, y in base_outputs.items():
         if weights is not None:  # y keeps its value and gets the gradient of x W^T
             product = x.to(dtype) @ weights[name].to(dtype).T
-            y = y + (product - product.detach()).to(y.dtype)
+            # y is detached, because no_grad does not remove tangents of forward-mode differentiation
+            y = y.detach() + (product - product.detach()).to(y.dtype)
         if name in adapters:
             A, B, scaling = adapters[name]
             S = None if source_bottleneck is None else source_bottleneck.get(name)

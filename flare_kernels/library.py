@@ -289,7 +289,11 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     dx, dx_source, *rest = [grad if need else None for grad, need in zip(input_grads, needs, strict=True)]
     dSs, dAs, dBs = rest[:count_S], rest[count_S : count_S + count_A], rest[count_S + count_A :]
     dys = [G if need else None for G, need in zip(Gs, flags[4], strict=True)]
-    return dx, dx_source, dSs, None, dys, dAs, dBs, [None] * count_W, *([None] * len(ctx.constants))
+    # for an empty list, torch expects an empty list
+    of_constants: list[Any] = [
+        [] if isinstance(constant, list) and not constant else None for constant in ctx.constants
+    ]
+    return dx, dx_source, dSs, None, dys, dAs, dBs, [None] * count_W, *of_constants
 
 
 lora.register_autograd(_backward, setup_context=_setup_context)

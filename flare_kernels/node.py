@@ -270,10 +270,13 @@ def backward(
     dx = dx_source = None
     if A is None and As and (needs.x or needs.x_source):
         A = ops.stack(As, dtype)
+    mask = None
+    if seeds is not None and dT is not None and (needs.x or (needs.any_A and x is not None)):
+        mask = dropout_mask(call, seeds, (dT.shape[0], width), _dropout.TARGET_STREAM)
     if needs.any_A and dT is not None and x is not None:
-        dAs = _grad_A(call, needs, As, dT, dS, x, None if dS is None else x_source, seeds)
+        dAs = _grad_A(call, needs, As, dT, dS, x, None if dS is None else x_source, seeds, mask)
     if needs.x:
-        dx = _grad_x(call, Gs, Ws, dT, A, seeds, width, x_dtype, adapter_first)
+        dx = _grad_x(call, Gs, Ws, dT, A, mask, x_dtype, adapter_first)
     if needs.x_source and dS is not None and A is not None and source_dtype is not None:
         mask = dropout_mask(call, seeds, (dS.shape[0], width), _dropout.SOURCE_STREAM)
         dx_source = ops.grad_input(dS, A[: call.fused], mask=mask, keep_scale=call.keep_scale, dtype=source_dtype)
@@ -392,11 +395,14 @@ def _grad_A(
     x: Tensor,
     x_source: Tensor | None,
     seeds: Seeds,
+    mask: Tensor | None,
 ) -> list[Tensor | None]:
-    """Return dA of each adapter, from one pass over each stream; None for an A that needs no gradient."""
+    """Return dA of each adapter, from one pass over each stream; None for an A that needs no gradient.
+
+    ``mask``: the target's dropout mask. The source's mask is generated here.
+    """
     grad_weight, scale = call.ops.grad_weight, call.keep_scale
     grad_dtype = As[0].dtype if _one_dtype(As) else call.exact
-    mask = None if seeds is None else dropout_mask(call, seeds, x.shape, _dropout.TARGET_STREAM)
     mask_source = None
     if x_source is not None and seeds is not None:
         mask_source = dropout_mask(call, seeds, x_source.shape, _dropout.SOURCE_STREAM)
@@ -422,15 +428,12 @@ def _grad_x(
     Ws: Sequence[Tensor],
     dT: Tensor | None,
     A: Tensor | None,
-    seeds: Seeds,
-    width: int,
+    mask: Tensor | None,
     dtype: torch.dtype,
     adapter_first: bool,
 ) -> Tensor | None:
     """Return dx in one buffer: the adapters' share, plus the frozen products' share if Ws are passed."""
-    dx = mask = None
-    if dT is not None and seeds is not None:
-        mask = dropout_mask(call, seeds, (dT.shape[0], width), _dropout.TARGET_STREAM)
+    dx = None
     if adapter_first and dT is not None and A is not None:
         dx = call.ops.grad_input(dT, A, mask=mask, keep_scale=call.keep_scale, dtype=call.dtype)
     for G, W in zip(Gs, Ws, strict=False):

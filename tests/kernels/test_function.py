@@ -286,6 +286,16 @@ def test_double_backward_is_refused(device) -> None:
         grad.sum().backward()
 
 
+def test_create_graph_works_in_a_checkpoint(device) -> None:
+    """A checkpoint that is not reentrant lets the backward pass unpack its tensors once."""
+    t = {k: v.requires_grad_() for k, v in make((3,), 4, 4, 2, torch.float32, device).items()}
+    expected = torch.autograd.grad(fused_lora(**t, scaling=1.0).sum(), list(t.values()))
+    y = checkpoint(lambda: fused_lora(**t, scaling=1.0), use_reentrant=False)
+    grads = torch.autograd.grad(y.sum(), list(t.values()), create_graph=True)
+    for actual, grad in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, grad)
+
+
 def test_select_backend_returns_the_backend_that_auto_uses() -> None:
     assert flare_kernels.select_backend("cpu", torch.float32) == "torch"
     assert flare_kernels.select_backend("cuda:0" if torch.cuda.is_available() else "cpu", torch.float64) == "torch"

@@ -235,6 +235,25 @@ def test_wrong_input_is_refused(device) -> None:
         fused_lora_qkv(data["x"], None, tracked, good, weights=data["W"])
 
 
+@pytest.mark.parametrize("passed", ["weights", "products without a graph"])
+def test_forward_mode_counts_the_frozen_product_once(passed, device) -> None:
+    W, A, B = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((6, 5), (2, 5), (6, 2)))
+    x, direction, source = torch.randn(3, 4, 5, dtype=torch.float64, device=device)
+
+    def joint(x: Tensor) -> Tensor:
+        base = None
+        if passed != "weights":
+            with torch.no_grad():
+                base = {"q": x @ W.T}
+        return fused_lora_qkv(x, source, base, {"q": (A, B, 2.0)}, fusion="mul", weights={"q": W})["q"]
+
+    def plain(x: Tensor) -> Tensor:
+        return x @ W.T + 2.0 * ((source @ A.T) * (x @ A.T)) @ B.T
+
+    actual, expected = (torch.func.jvp(function, (x,), (direction,))[1] for function in (joint, plain))
+    torch.testing.assert_close(actual, expected)
+
+
 def test_zero_rows_give_zero_gradients(device) -> None:
     """The batch has no tokens, and S is given as source_bottleneck."""
     S = torch.zeros(2, 0, 4, device=device, requires_grad=True)

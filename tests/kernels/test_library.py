@@ -78,6 +78,22 @@ def test_a_compiled_layer_is_one_graph_with_eager_results(call, backend, fusion,
             torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
 
 
+def test_a_compiled_call_without_adapters_matches_eager_mode(device) -> None:
+    """Only the frozen products are computed, as in a site whose adapters are disabled."""
+
+    def frozen(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(fused_lora_qkv(t["x"], None, None, {}, weights={"q": t["W"], "v": t["V"]}).values())
+
+    t = {name: value for name, value in make(device).items() if name in ("x", "W", "V")}
+    leaves = {"x": t["x"].detach().requires_grad_()}
+    grads = []
+    for function in (frozen, torch.compile(frozen, fullgraph=True, backend="aot_eager")):
+        ys = function({**t, **leaves})
+        grads += [torch.autograd.grad(sum(y.square().sum() for y in ys), leaves["x"])[0]]
+    assert grads[0].any()
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def test_inductor_compiles_one_graph_for_all_lengths(device) -> None:
     """Three lengths share one graph. Without gradients, the compiled function gives the eager output."""
     torch._dynamo.reset()

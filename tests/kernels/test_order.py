@@ -283,6 +283,9 @@ def test_wrong_arguments_are_refused(device) -> None:
         fused_lora_qkv(x, None, None, adapters)
     with pytest.raises(ValueError, match="biases has the names \\['v'\\]"):
         fused_lora_qkv(x, None, None, adapters, weights=W, biases={"v": t["b.v"]})
+    for wrong in (t["b.q"][:1], t["b.q"][None], torch.cat([t["b.q"], t["b.q"]])):
+        with pytest.raises(ValueError, match=r"biases\['q'\] has shape .* expected \(\d+,\): the width of the output"):
+            fused_lora_qkv(x, None, None, adapters, weights=W, biases={"q": wrong})
     with pytest.raises(ValueError, match="weights \\['q'\\] require grad"):
         fused_lora_qkv(x, None, None, adapters, weights={"q": t["W.q"].clone().requires_grad_()})
     with pytest.raises(ValueError, match="biases were given with base_outputs"):
