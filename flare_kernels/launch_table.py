@@ -193,10 +193,14 @@ def _default_paths(gpu: str) -> list[Path]:
 
 @functools.cache
 def table_for(gpu: str) -> LaunchTable:
-    """Return the table that this process uses for a GPU; an empty table if there is none."""
+    """Return the table that this process uses for a GPU; an empty table if there is none.
+
+    The entries of the user's table take precedence over those of the package's table.
+    """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named == "":
         return LaunchTable(gpu)
+    found: list[LaunchTable] = []
     for path in [Path(named)] if named is not None else _default_paths(gpu):
         try:
             if named is None and not path.exists():
@@ -211,5 +215,9 @@ def table_for(gpu: str) -> LaunchTable:
             message = f"{path} is for {table.gpu}, but this GPU is {gpu}; the file is ignored"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             continue
-        return table
-    return LaunchTable(gpu)
+        found.append(table)
+    if not found:
+        return LaunchTable(gpu)
+    for packaged in found[1:]:
+        found[0].entries = packaged.entries | found[0].entries
+    return found[0]

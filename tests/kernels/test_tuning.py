@@ -123,6 +123,15 @@ def test_concurrent_saves_do_not_conflict(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
+def test_entries_of_the_package_hold_where_the_users_table_has_none(monkeypatch, tmp_path: Path) -> None:
+    """A tuner that stops early writes a table with few entries."""
+    monkeypatch.setattr(launch_table, "package_path", lambda gpu: tmp_path / "packaged.json")
+    other = dataclasses.replace(KEY, rows=KEY.rows + 1)
+    LaunchTable("Some GPU", {KEY: Entry("triton"), other: Entry("tma")}).save(tmp_path / "packaged.json")
+    LaunchTable("Some GPU", {KEY: Entry("torch")}).save(launch_table.user_path("Some GPU"))
+    assert launch_table.table_for("Some GPU").entries == {KEY: Entry("torch"), other: Entry("tma")}
+
+
 def test_an_empty_environment_variable_disables_tables(monkeypatch) -> None:
     LaunchTable("Some GPU", {KEY: Entry("torch")}).save(launch_table.user_path("Some GPU"))
     monkeypatch.setenv(launch_table.ENVIRONMENT_VARIABLE, "")
