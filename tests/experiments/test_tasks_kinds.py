@@ -136,6 +136,46 @@ def test_sets_of_labels_are_read_from_every_format():
         labels_of([{"text": "t", "labels": ["sad"]}], task)
 
 
+def test_zeros_and_ones_are_one_for_each_label_also_if_the_labels_are_numbers():
+    task = get_task("multi-label", labels=["0", "1", "2"])
+    assert labels_of([{"text": "t", "0": "0", "1": "1", "2": "0"}], task) == [("1",)]
+    values = ["[0, 1, 0]", [0, 0, 0], [0, 2], "1;2"]
+    assert labels_of([{"text": "t", "labels": value} for value in values], task) == [("1",), (), ("0", "2"), ("1", "2")]
+    two = get_task("multi-label", labels=["0", "1"])
+    assert labels_of([{"text": "t", "0": 1, "1": 0}, {"text": "t", "0": 0, "1": 0}], two) == [("0",), ()]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (
+            {"joy": "0", "anger": "0", "fear": "3"},
+            "the column 'fear' holds '3'; the column of a label must hold 1 or 0",
+        ),
+        ({"joy": "0", "anger": "", "fear": "1"}, "the column 'anger' holds ''"),
+        ({"joy": 0, "anger": None, "fear": 1}, "the column 'anger' holds None"),
+        ({"labels": "[0, 2, 0]"}, r"labels holds \[0, 2, 0\], in which a number occurs twice; .* for each label \(3\)"),
+        ({"labels": [0, 1, 0, 0]}, "a number occurs twice"),
+    ],
+)
+def test_numbers_that_are_not_a_set_of_labels_are_errors(row, error):
+    with pytest.raises(DataError, match=error):
+        labels_of([{"text": "t", **row}], get_task("multi-label", labels=["joy", "anger", "fear"]))
+
+
+def test_a_list_of_two_class_numbers_is_a_list_of_indices(tmp_path):
+    """With two labels, [0, 1] of a feature that names its classes means both, whether or not the labels are known."""
+    datasets = pytest.importorskip("datasets")
+    feature = datasets.Sequence(datasets.ClassLabel(names=["anger", "joy"]))
+    features = datasets.Features({"text": datasets.Value("string"), "labels": feature})
+    rows = {"text": list("abcd"), "labels": [[0, 1], [1], [0], []]}
+    (tmp_path / "en").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "en" / "train.parquet")
+    for task in (get_task("multi-label"), resolve_labels(get_task("multi-label"), tmp_path, "en")):
+        labels = [row.label for row in read_split(task, tmp_path, "en", "train")]
+        assert labels == [("anger", "joy"), ("joy",), ("anger",), ()]
+
+
 def test_a_regression_needs_finite_numbers():
     task = get_task("regression", label_column="score")
     assert labels_of([{"text": "t", "score": "0.5"}], task) == [0.5]

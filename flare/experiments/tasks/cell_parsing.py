@@ -166,17 +166,29 @@ def _choice(value: Any, task: Task, where: str) -> str:
 
 def _set_of_labels(row: Mapping[str, Any], task: Task, name_of: NameOf | None, where: str) -> tuple[str, ...]:
     known = task.labels
-    if known is not None and _has_column_per_label(task, row):
-        values = [row[label] for label in known]
-    else:
-        values = _list_of(row.get(task.label_column), where, ";")
+    per_label = known is not None and _has_column_per_label(task, row)
+    values = [row[label] for label in known or ()] if per_label else _list_of(row.get(task.label_column), where, ";")
     flags = [str(value).strip().lower() for value in values]
     flags = [{"1.0": "1", "true": "1", "0.0": "0", "false": "0"}.get(flag, flag) for flag in flags]
-    if known is not None and len(flags) == len(known) and set(flags) <= {"0", "1"} and accepts_indices(task):
+    wrong = [index for index, flag in enumerate(flags) if flag not in ("0", "1")]
+    if per_label and wrong:
+        raise DataError(
+            f"{where}: the column {(known or ())[wrong[0]]!r} holds {values[wrong[0]]!r}; the column of a label must "
+            "hold 1 or 0 (the label applies or not)"
+        )
+    # two values 0 and 1 may be labels; of three or more, one occurs twice, so they are not
+    unambiguous = per_label or len(flags) > 2 or (name_of is None and accepts_indices(task))
+    if known is not None and len(flags) == len(known) and not wrong and unambiguous:
         return tuple(label for label, flag in zip(known, flags, strict=True) if flag == "1")
     names = [_class(value, task, name_of, where) for value in values]
     if known is None and any(name.isdecimal() for name in names):
         raise DataError(f"{where} holds numbers; name the labels in the order of their numbers with --labels")
+    numbers = [flag for flag in flags if flag.isdecimal()]
+    if len(set(numbers)) < len(numbers):
+        raise DataError(
+            f"{where} holds {str(values)[:40]}, in which a number occurs twice; write every label once, or one 0 or 1 "
+            f"for each label{f' ({len(known)})' if known is not None else ''}"
+        )
     names = [name for name in names if name]
     if known is None:
         return tuple(names)
