@@ -149,11 +149,19 @@ def test_unreadable_files_are_errors(tmp_path, name, text, message):
         read_split(OWN, tmp_path, "ace", "train")
 
 
-def test_unbalanced_quotation_marks_in_a_tsv_file_are_text(tmp_path):
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (('"Good" he said', '"so', "b"), "they are not balanced"),
+        (('"I came early.', 'Nobody was there."', "b"), "a quotation spans several rows"),
+    ],
+)
+def test_quotation_marks_of_a_tsv_file_without_quoting_are_text(tmp_path, texts, reason):
     path = tmp_path / "train.tsv"
-    path.write_text('id\ttext\n1\t"Good" he said\n2\t"so\n3\tb\n')
-    with pytest.warns(UserWarning, match="quotation marks are read as text, because they are not balanced"):
-        assert [row["text"] for row in read_table(path).rows] == ['"Good" he said', '"so', "b"]
+    lines = [f"{number}\t{text}\tx" for number, text in enumerate(texts)]
+    path.write_text("\n".join(["id\ttext\tlabel", *lines]) + "\n")
+    with pytest.warns(UserWarning, match=f"quotation marks are read as text, because {reason}"):
+        assert tuple(row["text"] for row in read_table(path).rows) == texts
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])

@@ -1,7 +1,8 @@
 """Read tables in the usual file formats.
 
 .csv           comma-separated fields, quoted according to RFC 4180
-.tsv           tab-separated fields; if the quotation marks are not balanced, all of them are read as text
+.tsv           tab-separated fields; if the quotation marks are not balanced or a quotation spans several rows, all of
+               them are read as text
 .json          a list of rows, {"data": [rows]}, or one row per line
 .jsonl         one row per line
 .parquet       the columns of a Parquet file
@@ -126,15 +127,30 @@ def _read_csv(path: Path) -> Table:
 
 
 def _read_tsv(path: Path) -> Table:
+    """Read a TSV file with quoting or, if that fails or suggests plain quotation marks, without quoting.
+
+    In a file without quoting, a text that starts with a quotation mark may end rows later, and the rows between would
+    become part of its field. Such a field has a tab and a line break. If the file cannot be read without quoting, the
+    field is really quoted.
+    """
+    quoted: Table | DataError
     try:
-        return _delimited(path, "\t", csv.QUOTE_MINIMAL)
-    except DataError as quoting_error:
-        try:
-            table = _delimited(path, "\t", csv.QUOTE_NONE)
-        except DataError:
-            raise quoting_error from None  # most files use quoting, so the first error helps more
-        warnings.warn(f"{path}: quotation marks are read as text, because they are not balanced", stacklevel=2)
-        return table
+        quoted = _delimited(path, "\t", csv.QUOTE_MINIMAL)
+    except DataError as error:
+        quoted = error
+    if isinstance(quoted, Table) and not any(
+        "\n" in cell and "\t" in cell for row in quoted.rows for cell in row.values()
+    ):
+        return quoted
+    try:
+        table = _delimited(path, "\t", csv.QUOTE_NONE)
+    except DataError:
+        if isinstance(quoted, Table):
+            return quoted
+        raise quoted from None  # most files use quoting, so the first error helps more
+    reason = "a quotation spans several rows" if isinstance(quoted, Table) else "they are not balanced"
+    warnings.warn(f"{path}: quotation marks are read as text, because {reason}", stacklevel=2)
+    return table
 
 
 def _delimited(path: Path, delimiter: str, quoting: int) -> Table:
