@@ -163,6 +163,16 @@ def test_numbers_that_are_not_a_set_of_labels_are_errors(row, error):
         labels_of([{"text": "t", **row}], get_task("multi-label", labels=["joy", "anger", "fear"]))
 
 
+def test_strings_without_a_comma_between_them_are_not_a_list():
+    """pandas writes an array of strings to a CSV file without commas, and Python would join the strings."""
+    task = get_task("multi-label")
+    for text in ("['anger' 'joy']", "[\"it's\" 'joy'\n 'x']", "['anger''joy']"):
+        with pytest.raises(DataError, match="it must be a list, with commas between its items"):
+            labels_of([{"text": "t", "labels": text}], task)
+    lists = (["anger"], ["a' 'b", "joy"], ['say "a" "b"', "it's"], ["'", '"', "\\", "c"])
+    assert labels_of([{"text": "t", "labels": str(one)} for one in lists], task) == [tuple(one) for one in lists]
+
+
 def test_a_list_of_two_class_numbers_is_a_list_of_indices(tmp_path):
     """With two labels, [0, 1] of a feature that names its classes means both, whether or not the labels are known."""
     datasets = pytest.importorskip("datasets")
@@ -216,14 +226,18 @@ def test_only_the_targets_tags_are_used(tmp_path):
     assert pairs[0].source.words == ()
 
 
-def test_a_translated_sentence_has_no_words(tmp_path):
-    task = get_task("token-classification", labels=TAGS)
-    row = Example("1", {"tokens": "a b"}, ("O", "B-PER"), words=("a", "b"))
+@pytest.mark.parametrize("column", ["tokens", "text"])
+def test_a_translated_sentence_has_no_words(tmp_path, column):
+    """The column of the words may have the name of the column that holds the translated sentence."""
+    task = get_task("token-classification", labels=TAGS, text_columns=[column])
+    write_jsonl(tmp_path / "hausa" / "test.jsonl", [{"id": "1", column: ["a", "b"], "ner_tags": ["O", "B-PER"]}])
+    (row,) = read_split(task, tmp_path, "hausa", "test")
+    assert row == Example("1", {column: "a b"}, ("O", "B-PER"), words=("a", "b"))
     examples, _ = restore_rows(prepare_rows([row], task, "drop"), ["x y z"])
     (tmp_path / "hausa-english").mkdir()
     write_split(tmp_path / "hausa-english" / "test.jsonl", examples, task)
     (read,) = read_split(task, tmp_path, "hausa-english", "test")
-    assert (read.texts, read.words, read.label) == ({"tokens": "x y z"}, (), None)
+    assert (read.texts, read.words, read.label) == ({column: "x y z"}, (), None)
 
 
 def test_rows_without_words_keep_their_digest():

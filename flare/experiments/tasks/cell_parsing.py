@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ NameOf = Callable[[Any], str]
 SENTENCE = "text"
 #: Column with the list of all choices of a multiple-choice row, accepted instead of one column per choice.
 CHOICES = "choices"
+_PYTHON_STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
@@ -29,7 +31,7 @@ def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
     if task.kind == "qa":
         has_answers = "answers" in columns or "answer" in columns
         return [*task.text_columns, *([] if has_answers else ["answers (or answer)"])]
-    if task.kind == "token-classification" and task.text_columns[0] not in columns and SENTENCE in columns:
+    if task.kind == "token-classification" and _has_sentence(task, columns):
         return [SENTENCE]
     if task.kind == "multiple-choice" and CHOICES in columns and not set(task.choice_columns) <= set(columns):
         return [*task.context_columns, CHOICES, task.label_column]
@@ -49,7 +51,7 @@ def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, 
     """
     if task.kind == "token-classification":
         column = task.text_columns[0]
-        if column not in row and SENTENCE in row:
+        if _has_sentence(task, row):
             return {column: text_of(row[SENTENCE], f"{where}: {SENTENCE}")}, ()
         words = tuple(text_of(word, f"{where}: {column}") for word in _list_of(row.get(column), f"{where}: {column}"))
         return {column: " ".join(words)}, words
@@ -116,8 +118,12 @@ def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = 
     if isinstance(value, list | tuple | dict | bytes) or not (numbers or value is None or isinstance(value, str)):
         raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
     text = "" if value is None or value != value else str(value)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise DataError(f"{where} holds half a character (a lone surrogate): {text[:40]!r}; write the text in UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # only a surrogate cannot be encoded
+        raise DataError(
+            f"{where} holds half a character (a lone surrogate): {text[:40]!r}; write the text in UTF-8"
+        ) from None
     return text
 
 
@@ -195,6 +201,15 @@ def _set_of_labels(row: Mapping[str, Any], task: Task, name_of: NameOf | None, w
     return tuple(sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known)))
 
 
+def _has_sentence(task: Task, columns: Any) -> bool:
+    """Return whether a split of a token-classification task has the sentence instead of words and tags.
+
+    If the column of the words has the sentence's name, the column of tags is missing beside a sentence.
+    """
+    words = task.text_columns[0]
+    return SENTENCE in columns and (words not in columns or (words == SENTENCE and task.label_column not in columns))
+
+
 def _has_column_per_label(task: Task, columns: Any) -> bool:
     """Return whether a split of a multi-label task has one column for each label, instead of the label column."""
     labels_known = task.kind == "multi-label" and task.labels is not None and task.label_column not in columns
@@ -222,7 +237,7 @@ def _list_of(value: Any, where: str, separator: str | None = None) -> list[Any]:
         text = value.strip()
         if not text.startswith("["):
             return [item.strip() for item in text.split(separator)] if text else []
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (json.loads, _python_list):
             try:
                 value = parse(text)
                 break
@@ -231,5 +246,18 @@ def _list_of(value: Any, where: str, separator: str | None = None) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list | tuple):
-        raise DataError(f"{where} holds {str(value)[:40]!r}; it must be a list")
+        raise DataError(f"{where} holds {str(value)[:40]!r}; it must be a list, with commas between its items")
     return list(value)
+
+
+def _python_list(text: str) -> Any:
+    """Evaluate a Python literal.
+
+    Raises:
+        ValueError: two strings follow each other without a comma, as in an array that pandas wrote to a CSV file.
+            Python would join them.
+        SyntaxError: the text is not a Python literal.
+    """
+    if re.search(r"""['"]\s*['"]""", text) and re.search(r"''\s*''", _PYTHON_STRING.sub("''", text)):
+        raise ValueError("a comma is missing between two strings")
+    return ast.literal_eval(text)
