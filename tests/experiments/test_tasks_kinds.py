@@ -91,6 +91,11 @@ def test_conll_files_are_read(tmp_path):
         (("Nelson", "Mandela"), ("B-PER", "I-PER")),
         (("Lagos",), ("B-LOC",)),
     ]
+    lines = ("10\u00a0000 O", "\u00a0 O", "Mr\u00a0X\t B-PER ", "\u00a0\tO\r", "\u3000  O")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    (row,) = read_split(task, tmp_path, "hausa", "train")
+    assert row.words == ("10\u00a0000", "\u00a0", "Mr\u00a0X", "\u00a0", "\u3000"), "no other space separates fields"
+    assert row.label == ("O", "O", "B-PER", "O", "O")
     path.write_text("Nelson\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"train.txt, line 1: 'Nelson' has no tag"):
         read_split(task, tmp_path, "hausa", "train")

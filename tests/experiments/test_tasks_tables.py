@@ -135,11 +135,19 @@ def test_a_row_with_a_missing_field_is_refused(tmp_path, form):
         ("train.parquet", "no", "cannot be read as a Parquet file"),
         ("train-00000-of-00002.parquet", "no", "1 of 2 shards are missing, such as train-00001-of-00002.parquet"),
         ("train/state.json", "{}", "has several files for train: "),
+        (
+            "train-00000-of-00001.csv",
+            "id,text,label\n1,a,x\n",
+            "several files for train: train-00000-of-00001.csv, train-00000-of-00002.csv; keep one of them",
+        ),
     ],
 )
 def test_unreadable_files_are_errors(tmp_path, name, text, message):
     (tmp_path / "ace" / "train").mkdir(parents=True)
     (tmp_path / "ace" / name).write_text(text)
+    if name == "train-00000-of-00001.csv":
+        for number in (0, 1):
+            (tmp_path / "ace" / f"train-{number:05d}-of-00002.csv").write_text(text)
     if name == "train/state.json":
         (tmp_path / "ace" / "train" / "dataset_info.json").write_text("{}")
         with raises_text(DataError, "cannot be read as a data set written by save_to_disk"):

@@ -339,6 +339,9 @@ def test_unknown_names_are_errors_before_weights_are_loaded(data, tmp_path, caps
         options(data, model, out, "--target", "swahili"), capsys
     )  # a tag of NLLB that this tokenizer does not have
     assert "swh_Latn" in unknown_tag and "--target-code" in unknown_tag
+    one_file = ["--data", str(data / "english" / "train.csv")]
+    message = fails(options(data, model, out, *one_file), capsys)
+    assert "this is one file; give a folder" in message and "--source-column" not in message
     (data / "english" / "valid.csv").unlink()
     missing = fails(options(data, model, out), capsys)
     assert "valid.csv is missing" in missing and "test.csv, train.csv" in missing

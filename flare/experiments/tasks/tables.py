@@ -49,10 +49,14 @@ class Table:
 
 
 def find_tables(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
-    """Return the paths of the tables called `name` in a folder; for a sharded table, the path of its first shard."""
+    """Return the paths of the tables called `name` in a folder; for a sharded table, the path of its first shard.
+
+    Shards that count different totals (-of-NNNNN) are different tables.
+    """
     paths = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").is_file()]
     for suffix in suffixes:
-        paths += sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))[:1]
+        shards = sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))
+        paths += sorted({path.stem[-5:]: path for path in reversed(shards)}.values())
     return [*paths, *([folder / name] if is_saved(folder / name) else [])]
 
 
@@ -300,13 +304,14 @@ def _read_conll(path: Path) -> Table:
             if sentences[-1]:
                 sentences.append([])
             continue
-        fields = line.strip().split("\t") if "\t" in line else line.split()
+        line = line.strip(" \t\r")  # strip() and split() without arguments would also remove a word's no-break space
+        fields = line.split("\t") if "\t" in line else re.split(" +", line)
         if len(fields) < 2:
             raise DataError(
-                f"{path}, line {number}: {line.strip()!r} has no tag; a line is a word, a tab or a space, and a tag, "
+                f"{path}, line {number}: {line!r} has no tag; a line is a word, a tab or a space, and a tag, "
                 "and an empty line ends a sentence"
             )
-        sentences[-1].append((fields[0].strip(), fields[-1].strip()))
+        sentences[-1].append((fields[0].strip(" "), fields[-1].strip(" ")))
     columns = [[list(column) for column in zip(*sentence, strict=True)] for sentence in sentences if sentence]
     return Table([dict(zip(CONLL_COLUMNS, lists, strict=True)) for lists in columns], CONLL_COLUMNS)
 
