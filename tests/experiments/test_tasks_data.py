@@ -333,10 +333,37 @@ def test_the_papers_data_sets_are_read_from_the_hub(monkeypatch):
     assert notes == ["test: the data set has no test split; its validation split is used instead"]
     with raises_text(UserError, "xnli has no Acehnese; it has Arabic (ar), "):
         read_split(get_task("xnli"), None, "acehnese", "train")
-    with raises_text(DataError, "--data someone/else: neither a folder on this machine nor a data set"):
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
-        read_split(OWN, "someone/else", "en", "train")
-    assert not has_split(OWN, "someone/else", "en", "train")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("offline"), ConnectionError("timed out"), ValueError("BuilderConfig 'ace' not found")]
+)
+def test_a_split_of_the_hub_that_cannot_be_loaded_is_not_a_missing_split(monkeypatch, error):
+    """A missing valid split means that the last checkpoint is used, so a failed download must be an error."""
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(name, configuration, split):
+        if split == "train":
+            raise ValueError("Unknown split \"train\". Should be one of ['validation'].")
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = "--data someone/else: neither a folder on this machine nor a data set"
+    for read in (read_split, has_split):
+        with raises_text(DataError, message):
+            read(OWN, "someone/else", "ace", "valid")
+    with raises_text(DataError, message):
+        read_split(OWN, "someone/else", "ace", "train")
+    assert not has_split(OWN, "someone/else", "ace", "train")
+
+
+def test_a_split_of_the_hub_with_a_wrong_label_exists(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"id": ["1"], "text": ["x"], "label": ["mixed"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, split: rows)
+    assert has_split(NUSAX, None, "acehnese", "valid")
+    with raises_text(DataError, "have a label that is not a label of task nusax: 'mixed'"):
+        read_split(NUSAX, None, "acehnese", "valid")
 
 
 # --- real data --------------------------------------------------------------------------------------------------------

@@ -55,6 +55,19 @@ def test_prompt_and_answer_are_tokenized_separately():
     assert batch["source_input_ids"][0, begins:].tolist() == answer, "answers start at the same index in both streams"
 
 
+@pytest.mark.parametrize("family", ["causal", "seq2seq"])
+def test_labels_are_tokenized_once(family, monkeypatch):
+    choices = get_task("multiple-choice", text_columns=["q"], choice_columns=["a", "b"])
+    form, several = (make_form(task, byte_tokenizer(), family) for task in (NUSAX, choices))
+    expected = several.answer_ids("A")
+    monkeypatch.setattr(type(form), "answer_ids", lambda self, text: pytest.fail(f"{text!r} is tokenized again"))
+    rows, _ = form.train_rows(
+        [Pair(sentiment(str(i), "x"), sentiment(str(i), "y")) for i in range(2)], with_source=True
+    )
+    assert rows[0]["labels"] == rows[1]["labels"] and rows[0]["labels"] is not rows[1]["labels"]
+    assert expected[0] in several.next_tokens([])
+
+
 def test_evaluation_rows_contain_no_answer():
     tokenizer = byte_tokenizer()
     form = make_form(NUSAX, tokenizer, "causal")

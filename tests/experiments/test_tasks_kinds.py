@@ -91,6 +91,11 @@ def test_conll_files_are_read(tmp_path):
         (("Nelson", "Mandela"), ("B-PER", "I-PER")),
         (("Lagos",), ("B-LOC",)),
     ]
+    lines = ("10\u00a0000 O", "\u00a0 O", "Mr\u00a0X\t B-PER ", "\u00a0\tO\r", "\u3000  O")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    (row,) = read_split(task, tmp_path, "hausa", "train")
+    assert row.words == ("10\u00a0000", "\u00a0", "Mr\u00a0X", "\u00a0", "\u3000"), "no other space separates fields"
+    assert row.label == ("O", "O", "B-PER", "O", "O")
     path.write_text("Nelson\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"train.txt, line 1: 'Nelson' has no tag"):
         read_split(task, tmp_path, "hausa", "train")
@@ -136,6 +141,56 @@ def test_sets_of_labels_are_read_from_every_format():
         labels_of([{"text": "t", "labels": ["sad"]}], task)
 
 
+def test_zeros_and_ones_are_one_for_each_label_also_if_the_labels_are_numbers():
+    task = get_task("multi-label", labels=["0", "1", "2"])
+    assert labels_of([{"text": "t", "0": "0", "1": "1", "2": "0"}], task) == [("1",)]
+    values = ["[0, 1, 0]", [0, 0, 0], [0, 2], "1;2"]
+    assert labels_of([{"text": "t", "labels": value} for value in values], task) == [("1",), (), ("0", "2"), ("1", "2")]
+    two = get_task("multi-label", labels=["0", "1"])
+    assert labels_of([{"text": "t", "0": 1, "1": 0}, {"text": "t", "0": 0, "1": 0}], two) == [("0",), ()]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (
+            {"joy": "0", "anger": "0", "fear": "3"},
+            "the column 'fear' holds '3'; the column of a label must hold 1 or 0",
+        ),
+        ({"joy": "0", "anger": "", "fear": "1"}, "the column 'anger' holds ''"),
+        ({"joy": 0, "anger": None, "fear": 1}, "the column 'anger' holds None"),
+        ({"labels": "[0, 2, 0]"}, r"labels holds \[0, 2, 0\], in which a number occurs twice; .* for each label \(3\)"),
+        ({"labels": [0, 1, 0, 0]}, "a number occurs twice"),
+    ],
+)
+def test_numbers_that_are_not_a_set_of_labels_are_errors(row, error):
+    with pytest.raises(DataError, match=error):
+        labels_of([{"text": "t", **row}], get_task("multi-label", labels=["joy", "anger", "fear"]))
+
+
+def test_strings_without_a_comma_between_them_are_not_a_list():
+    """pandas writes an array of strings to a CSV file without commas, and Python would join the strings."""
+    task = get_task("multi-label")
+    for text in ("['anger' 'joy']", "[\"it's\" 'joy'\n 'x']", "['anger''joy']"):
+        with pytest.raises(DataError, match="it must be a list, with commas between its items"):
+            labels_of([{"text": "t", "labels": text}], task)
+    lists = (["anger"], ["a' 'b", "joy"], ['say "a" "b"', "it's"], ["'", '"', "\\", "c"])
+    assert labels_of([{"text": "t", "labels": str(one)} for one in lists], task) == [tuple(one) for one in lists]
+
+
+def test_a_list_of_two_class_numbers_is_a_list_of_indices(tmp_path):
+    """With two labels, [0, 1] of a feature that names its classes means both, whether or not the labels are known."""
+    datasets = pytest.importorskip("datasets")
+    feature = datasets.Sequence(datasets.ClassLabel(names=["anger", "joy"]))
+    features = datasets.Features({"text": datasets.Value("string"), "labels": feature})
+    rows = {"text": list("abcd"), "labels": [[0, 1], [1], [0], []]}
+    (tmp_path / "en").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "en" / "train.parquet")
+    for task in (get_task("multi-label"), resolve_labels(get_task("multi-label"), tmp_path, "en")):
+        labels = [row.label for row in read_split(task, tmp_path, "en", "train")]
+        assert labels == [("anger", "joy"), ("joy",), ("anger",), ()]
+
+
 def test_a_regression_needs_finite_numbers():
     task = get_task("regression", label_column="score")
     assert labels_of([{"text": "t", "score": "0.5"}], task) == [0.5]
@@ -176,14 +231,18 @@ def test_only_the_targets_tags_are_used(tmp_path):
     assert pairs[0].source.words == ()
 
 
-def test_a_translated_sentence_has_no_words(tmp_path):
-    task = get_task("token-classification", labels=TAGS)
-    row = Example("1", {"tokens": "a b"}, ("O", "B-PER"), words=("a", "b"))
+@pytest.mark.parametrize("column", ["tokens", "text"])
+def test_a_translated_sentence_has_no_words(tmp_path, column):
+    """The column of the words may have the name of the column that holds the translated sentence."""
+    task = get_task("token-classification", labels=TAGS, text_columns=[column])
+    write_jsonl(tmp_path / "hausa" / "test.jsonl", [{"id": "1", column: ["a", "b"], "ner_tags": ["O", "B-PER"]}])
+    (row,) = read_split(task, tmp_path, "hausa", "test")
+    assert row == Example("1", {column: "a b"}, ("O", "B-PER"), words=("a", "b"))
     examples, _ = restore_rows(prepare_rows([row], task, "drop"), ["x y z"])
     (tmp_path / "hausa-english").mkdir()
     write_split(tmp_path / "hausa-english" / "test.jsonl", examples, task)
     (read,) = read_split(task, tmp_path, "hausa-english", "test")
-    assert (read.texts, read.words, read.label) == ({"tokens": "x y z"}, (), None)
+    assert (read.texts, read.words, read.label) == ({column: "x y z"}, (), None)
 
 
 def test_rows_without_words_keep_their_digest():

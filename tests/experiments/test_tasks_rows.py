@@ -80,6 +80,12 @@ def test_word_lists_are_texts_in_prediction_input_but_not_in_task_data():
         text_of(["a", "b"], "FILE, row 0: text")
 
 
+def test_half_a_character_is_refused():
+    assert text_of("\U0001f3f3 é", "FILE, row 0: text") == "\U0001f3f3 é"
+    with pytest.raises(DataError, match=r"FILE, row 0: text holds half a character \(a lone surrogate\)"):
+        text_of("a\ud83c", "FILE, row 0: text")
+
+
 def test_other_cells_are_read_equally_in_task_data_and_prediction_input():
     for cell, text in (("NA", "NA"), ("3", "3"), (None, "")):
         assert text_of(cell, "FILE, row 0: title") == text

@@ -135,11 +135,19 @@ def test_a_row_with_a_missing_field_is_refused(tmp_path, form):
         ("train.parquet", "no", "cannot be read as a Parquet file"),
         ("train-00000-of-00002.parquet", "no", "1 of 2 shards are missing, such as train-00001-of-00002.parquet"),
         ("train/state.json", "{}", "has several files for train: "),
+        (
+            "train-00000-of-00001.csv",
+            "id,text,label\n1,a,x\n",
+            "several files for train: train-00000-of-00001.csv, train-00000-of-00002.csv; keep one of them",
+        ),
     ],
 )
 def test_unreadable_files_are_errors(tmp_path, name, text, message):
     (tmp_path / "ace" / "train").mkdir(parents=True)
     (tmp_path / "ace" / name).write_text(text)
+    if name == "train-00000-of-00001.csv":
+        for number in (0, 1):
+            (tmp_path / "ace" / f"train-{number:05d}-of-00002.csv").write_text(text)
     if name == "train/state.json":
         (tmp_path / "ace" / "train" / "dataset_info.json").write_text("{}")
         with raises_text(DataError, "cannot be read as a data set written by save_to_disk"):
@@ -149,11 +157,19 @@ def test_unreadable_files_are_errors(tmp_path, name, text, message):
         read_split(OWN, tmp_path, "ace", "train")
 
 
-def test_unbalanced_quotation_marks_in_a_tsv_file_are_text(tmp_path):
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (('"Good" he said', '"so', "b"), "they are not balanced"),
+        (('"I came early.', 'Nobody was there."', "b"), "a quotation spans several rows"),
+    ],
+)
+def test_quotation_marks_of_a_tsv_file_without_quoting_are_text(tmp_path, texts, reason):
     path = tmp_path / "train.tsv"
-    path.write_text('id\ttext\n1\t"Good" he said\n2\t"so\n3\tb\n')
-    with pytest.warns(UserWarning, match="quotation marks are read as text, because they are not balanced"):
-        assert [row["text"] for row in read_table(path).rows] == ['"Good" he said', '"so', "b"]
+    lines = [f"{number}\t{text}\tx" for number, text in enumerate(texts)]
+    path.write_text("\n".join(["id\ttext\tlabel", *lines]) + "\n")
+    with pytest.warns(UserWarning, match=f"quotation marks are read as text, because {reason}"):
+        assert tuple(row["text"] for row in read_table(path).rows) == texts
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])

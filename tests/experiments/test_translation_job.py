@@ -12,7 +12,7 @@ import pytest
 import tiny_mt
 
 from flare.cli import main
-from flare.experiments.tasks import get_task, read_split
+from flare.experiments.tasks import DataError, get_task, load_pairs, read_split
 from flare.experiments.translation import Translator
 from flare.experiments.translation.provenance import FILE
 
@@ -272,6 +272,39 @@ def test_changed_rows_are_refused(data, nllb, tmp_path, capsys):
     assert "english/valid has changed" in fails(options(data, nllb, out, "--splits", "valid"), capsys)
 
 
+def test_rows_without_ids_must_be_the_translated_rows(data, nllb, tmp_path):
+    out, path = tmp_path / "out", data / "acehnese" / "train.csv"
+    lines = [line.partition(",")[2] for line in path.read_text().splitlines()]
+    head, rows = lines[0], lines[1:9]
+
+    def pairs(rows: list[str], **options) -> int:
+        path.write_text("\n".join([head, *rows]) + "\n")
+        mt = {"translations": out, "source_text": "mt", **options}
+        return len(load_pairs(get_task("nusax"), data, "english", "acehnese", "train", **mt)[0])
+
+    path.write_text("\n".join(lines) + "\n")
+    assert main(options(data, nllb, out, "--splits", "train", "--direction", "to-source", "--limit", "8")) == 0
+    assert pairs(rows) == pairs([*rows, *lines[9:]]) == 8, "more rows than --limit keep their positions"
+    other_label = rows[0].rpartition(",")[0] + ",positive"
+    assert pairs([other_label, *rows[1:]]) == 7, "a corrected label does not need a new translation"
+    with pytest.raises(DataError, match="from 8 rows without ids, and the data now has only 7 rows, so rows and"):
+        pairs(rows[1:])
+    with pytest.raises(DataError, match="the data now has other texts in its first 8 rows"):
+        pairs([*rows[1:], rows[0]])
+    provenance = out / "acehnese-english" / FILE
+    content = json.loads(provenance.read_text())
+    del content["splits"]["train"]["texts_sha256"]  # written by an earlier version
+    provenance.write_text(json.dumps(content))
+    assert pairs(rows) == 8
+    with pytest.raises(DataError, match="the data now has only 7 rows"):
+        pairs(rows[1:])
+    provenance.write_text("{")
+    with pytest.raises(DataError, match="does not say which rows the train split was translated from"):
+        pairs(rows)
+    provenance.unlink()
+    assert pairs(rows[3:]) == 5, "translations of another program have no provenance"
+
+
 def test_files_of_other_programs_are_not_overwritten(data, nllb, tmp_path, capsys):
     file = tmp_path / "out" / "english-acehnese" / "valid.csv"
     file.parent.mkdir(parents=True)
@@ -306,6 +339,9 @@ def test_unknown_names_are_errors_before_weights_are_loaded(data, tmp_path, caps
         options(data, model, out, "--target", "swahili"), capsys
     )  # a tag of NLLB that this tokenizer does not have
     assert "swh_Latn" in unknown_tag and "--target-code" in unknown_tag
+    one_file = ["--data", str(data / "english" / "train.csv")]
+    message = fails(options(data, model, out, *one_file), capsys)
+    assert "this is one file; give a folder" in message and "--source-column" not in message
     (data / "english" / "valid.csv").unlink()
     missing = fails(options(data, model, out), capsys)
     assert "valid.csv is missing" in missing and "test.csv, train.csv" in missing

@@ -66,7 +66,7 @@ def align(
         DataError: no rows match, or a language has no ids and the two languages have different numbers of rows.
     """
     notes = []
-    if not translated and (_without_ids(targets) or _without_ids(sources)):
+    if not translated and (without_ids(targets) or without_ids(sources)):
         if len(targets) != len(sources):
             raise DataError(
                 f"{split}: rows of {target_name} ({len(targets)}) and {source_name} ({len(sources)}) cannot be "
@@ -87,7 +87,7 @@ def align(
     return pairs, [*notes, *map(str, drops)]
 
 
-def _without_ids(rows: Sequence[Example]) -> bool:
+def without_ids(rows: Sequence[Example]) -> bool:
     """Return whether the rows have no ids of their own: every id is made from the row's position (`position_id`).
 
     All rows are compared, because one real id may happen to look like a position.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ NameOf = Callable[[Any], str]
 SENTENCE = "text"
 #: Column with the list of all choices of a multiple-choice row, accepted instead of one column per choice.
 CHOICES = "choices"
+_PYTHON_STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
@@ -29,7 +31,7 @@ def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
     if task.kind == "qa":
         has_answers = "answers" in columns or "answer" in columns
         return [*task.text_columns, *([] if has_answers else ["answers (or answer)"])]
-    if task.kind == "token-classification" and task.text_columns[0] not in columns and SENTENCE in columns:
+    if task.kind == "token-classification" and _has_sentence(task, columns):
         return [SENTENCE]
     if task.kind == "multiple-choice" and CHOICES in columns and not set(task.choice_columns) <= set(columns):
         return [*task.context_columns, CHOICES, task.label_column]
@@ -49,7 +51,7 @@ def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, 
     """
     if task.kind == "token-classification":
         column = task.text_columns[0]
-        if column not in row and SENTENCE in row:
+        if _has_sentence(task, row):
             return {column: text_of(row[SENTENCE], f"{where}: {SENTENCE}")}, ()
         words = tuple(text_of(word, f"{where}: {column}") for word in _list_of(row.get(column), f"{where}: {column}"))
         return {column: " ".join(words)}, words
@@ -116,8 +118,12 @@ def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = 
     if isinstance(value, list | tuple | dict | bytes) or not (numbers or value is None or isinstance(value, str)):
         raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
     text = "" if value is None or value != value else str(value)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise DataError(f"{where} holds half a character (a lone surrogate): {text[:40]!r}; write the text in UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # only a surrogate cannot be encoded
+        raise DataError(
+            f"{where} holds half a character (a lone surrogate): {text[:40]!r}; write the text in UTF-8"
+        ) from None
     return text
 
 
@@ -166,21 +172,42 @@ def _choice(value: Any, task: Task, where: str) -> str:
 
 def _set_of_labels(row: Mapping[str, Any], task: Task, name_of: NameOf | None, where: str) -> tuple[str, ...]:
     known = task.labels
-    if known is not None and _has_column_per_label(task, row):
-        values = [row[label] for label in known]
-    else:
-        values = _list_of(row.get(task.label_column), where, ";")
+    per_label = known is not None and _has_column_per_label(task, row)
+    values = [row[label] for label in known or ()] if per_label else _list_of(row.get(task.label_column), where, ";")
     flags = [str(value).strip().lower() for value in values]
     flags = [{"1.0": "1", "true": "1", "0.0": "0", "false": "0"}.get(flag, flag) for flag in flags]
-    if known is not None and len(flags) == len(known) and set(flags) <= {"0", "1"} and accepts_indices(task):
+    wrong = [index for index, flag in enumerate(flags) if flag not in ("0", "1")]
+    if per_label and wrong:
+        raise DataError(
+            f"{where}: the column {(known or ())[wrong[0]]!r} holds {values[wrong[0]]!r}; the column of a label must "
+            "hold 1 or 0 (the label applies or not)"
+        )
+    # two values 0 and 1 may be labels; of three or more, one occurs twice, so they are not
+    unambiguous = per_label or len(flags) > 2 or (name_of is None and accepts_indices(task))
+    if known is not None and len(flags) == len(known) and not wrong and unambiguous:
         return tuple(label for label, flag in zip(known, flags, strict=True) if flag == "1")
     names = [_class(value, task, name_of, where) for value in values]
     if known is None and any(name.isdecimal() for name in names):
         raise DataError(f"{where} holds numbers; name the labels in the order of their numbers with --labels")
+    numbers = [flag for flag in flags if flag.isdecimal()]
+    if len(set(numbers)) < len(numbers):
+        raise DataError(
+            f"{where} holds {str(values)[:40]}, in which a number occurs twice; write every label once, or one 0 or 1 "
+            f"for each label{f' ({len(known)})' if known is not None else ''}"
+        )
     names = [name for name in names if name]
     if known is None:
         return tuple(names)
     return tuple(sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known)))
+
+
+def _has_sentence(task: Task, columns: Any) -> bool:
+    """Return whether a split of a token-classification task has the sentence instead of words and tags.
+
+    If the column of the words has the sentence's name, the column of tags is missing beside a sentence.
+    """
+    words = task.text_columns[0]
+    return SENTENCE in columns and (words not in columns or (words == SENTENCE and task.label_column not in columns))
 
 
 def _has_column_per_label(task: Task, columns: Any) -> bool:
@@ -210,7 +237,7 @@ def _list_of(value: Any, where: str, separator: str | None = None) -> list[Any]:
         text = value.strip()
         if not text.startswith("["):
             return [item.strip() for item in text.split(separator)] if text else []
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (json.loads, _python_list):
             try:
                 value = parse(text)
                 break
@@ -219,5 +246,18 @@ def _list_of(value: Any, where: str, separator: str | None = None) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list | tuple):
-        raise DataError(f"{where} holds {str(value)[:40]!r}; it must be a list")
+        raise DataError(f"{where} holds {str(value)[:40]!r}; it must be a list, with commas between its items")
     return list(value)
+
+
+def _python_list(text: str) -> Any:
+    """Evaluate a Python literal.
+
+    Raises:
+        ValueError: two strings follow each other without a comma, as in an array that pandas wrote to a CSV file.
+            Python would join them.
+        SyntaxError: the text is not a Python literal.
+    """
+    if re.search(r"""['"]\s*['"]""", text) and re.search(r"''\s*''", _PYTHON_STRING.sub("''", text)):
+        raise ValueError("a comma is missing between two strings")
+    return ast.literal_eval(text)

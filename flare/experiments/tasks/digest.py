@@ -32,6 +32,11 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
     )
 
 
+def digest_of_texts(rows: Sequence[Example]) -> str:
+    """Return the SHA-256 digest of the texts of rows in order, without ids, labels and answers."""
+    return digest_of([list(row.texts.values()) for row in rows])
+
+
 def digests_of_pairs(split: str, pairs: Sequence[Pair], source_text: str | None) -> dict[str, str]:
     """Return the digest of the target rows under the key `split`, and the digest of the source rows.
 

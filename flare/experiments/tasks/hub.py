@@ -28,19 +28,48 @@ _NETWORK_ERRORS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectEr
 _VALID_FRACTION = 10  # one training row in ten is a validation row
 
 
+class NoSplit(DataError):
+    """A data set on the hub that does not have a split."""
+
+
 def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example]:
     """Return one split of one language.
 
     Raises:
-        DataError: the hub cannot be reached, or the data set, the configuration, the split or a column is missing.
+        NoSplit: the data set does not have the split.
+        DataError: the hub cannot be reached, or the data set, the configuration or a column is missing.
         UserError: the language is not known, or a data set of `.data_sets` does not have it.
     """
     if hub_id == _TYDIQA:
         return _read_tydiqa(task, hub_id, language, split)
+    other = english_rows(hub_id, language, split)
+    place, configuration = _place(hub_id, language, split)
+    rows = _load(place, configuration, SPLIT_NAMES[split])
+    return _examples(rows, task, f"{place}, {configuration}/{split}", other.renamed if other is not None else None)
+
+
+def has_hub(hub_id: str, language: str, split: str) -> bool:
+    """Return whether a data set has a split of a language. The split is loaded, but its rows are not parsed.
+
+    Raises:
+        DataError: the split cannot be loaded for another reason.
+        UserError: the language is not known, or a data set of `.data_sets` does not have it.
+    """
+    if hub_id == _TYDIQA:
+        DATA_SETS[hub_id].configuration(language)
+        return True
+    try:
+        _load(*_place(hub_id, language, split), SPLIT_NAMES[split])
+    except NoSplit:
+        return False
+    return True
+
+
+def _place(hub_id: str, language: str, split: str) -> tuple[str, str]:
+    """Return the data set and the configuration that the rows of a split are read from."""
     known, other = DATA_SETS.get(hub_id), english_rows(hub_id, language, split)
     if other is not None:
-        rows = _load(other.hub_id, other.configuration, SPLIT_NAMES[split])
-        return _examples(rows, task, f"{other.hub_id}, {other.configuration}/{split}", other.renamed)
+        return other.hub_id, other.configuration
     if known is not None and split not in known.splits:
         if known.english:
             advice = "translate the English rows (flare translate, then flare train --target-text mt)"
@@ -49,10 +78,8 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
                 "put your own rows and the test split of the data set, with the same columns, into one folder per "
                 "language, and give the parent folder of these folders with --data"
             )
-        raise DataError(f"{hub_id} has no {split} split, only {', '.join(known.splits)}: {advice}")
-    configuration = language if known is None else known.configuration(language)
-    rows = _load(hub_id, configuration, SPLIT_NAMES[split])
-    return _examples(rows, task, f"{hub_id}, {configuration}/{split}")
+        raise NoSplit(f"{hub_id} has no {split} split, only {', '.join(known.splits)}: {advice}")
+    return hub_id, language if known is None else known.configuration(language)
 
 
 def check_parallel(hub_id: str, source: str, target: str) -> None:
@@ -95,9 +122,15 @@ def _in_split(row_id: str, language: str, split: str) -> bool:
 
 
 def _load(hub_id: str, configuration: str, splits: tuple[str, ...]) -> Any:
+    """Return the first of the splits that can be loaded.
+
+    Raises:
+        NoSplit: the data set has none of the splits.
+        DataError: loading failed for another reason.
+    """
     from datasets import load_dataset
 
-    failures = []
+    failures, unknown = [], True
     for split in splits:
         try:
             try:
@@ -109,9 +142,10 @@ def _load(hub_id: str, configuration: str, splits: tuple[str, ...]) -> Any:
                 return load_dataset(hub_id, configuration, split=split, revision="refs/convert/parquet")
         except Exception as error:  # the hub, the network and the files raise many different types
             failures.append(f"{split}: {type(error).__name__}: {' '.join(str(error).split())}")
+            unknown = unknown and isinstance(error, ValueError) and "unknown split" in str(error).lower()
             if isinstance(error, ConnectionError) or type(error).__name__ in _NETWORK_ERRORS:
                 break  # every further attempt would wait minutes for its timeout
-    raise DataError(
+    raise (NoSplit if unknown else DataError)(
         f"--data {hub_id}: neither a folder on this machine nor a data set that can be loaded from the hub with "
         f"configuration {configuration!r} and split {splits[0]!r} ({'; '.join(failures)})"
     )
@@ -122,4 +156,4 @@ def _examples(rows: Any, task: Task, where: str, renamed: Mapping[str, str] | No
     if name_of is not None and renamed:
         hub_name = name_of
         name_of = lambda index: renamed.get(hub_name(index), hub_name(index))  # noqa: E731
-    return examples_from(rows, list(rows.column_names), task, where, name_of)
+    return examples_from(rows.to_list(), list(rows.column_names), task, where, name_of)  # faster than its iterator

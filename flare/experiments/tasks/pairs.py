@@ -8,12 +8,15 @@ is therefore in the folder <source>-<target>. Machine-translated source text is 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..utils.errors import UserError
-from .alignment import align
+from ..utils.json_files import read_object
+from .alignment import align, without_ids
 from .data_error import DataError
+from .digest import digest_of_texts
 from .examples import Example, Pair
 from .files import find_file
 from .reading import Data, data_notes, read_split
@@ -21,6 +24,8 @@ from .registry import Task
 
 #: Kinds of text: written by people, or machine-translated.
 TEXTS = ("gold", "mt")
+#: File in a folder of translations, in which `flare translate` records how they were made.
+PROVENANCE = "provenance.json"
 
 
 def load_pairs(
@@ -54,7 +59,8 @@ def load_pairs(
         were paired by position, how many were dropped and why, and whether `limit` left rows out.
 
     Raises:
-        DataError: a file, column or row is missing or wrong, or no rows match.
+        DataError: a file, column or row is missing or wrong, no rows match, or rows without ids have changed since they
+            were translated.
         UserError: an invalid option.
     """
     if target_text not in TEXTS or source_text not in (*TEXTS, None):
@@ -78,6 +84,13 @@ def load_pairs(
         pairs = [Pair(row) for row in targets]
     else:
         sources = read(source_text, source_language, target_language)
+        if translations is not None and {target_text, source_text} == set(TEXTS):
+            language, other, originals = (
+                (target_language, source_language, targets)
+                if target_text == "gold"
+                else (source_language, target_language, sources)
+            )
+            _check_positions(task, Path(translations).expanduser() / f"{language}-{other}", split, originals)
         suffix = {"gold": "", "mt": " (mt)"}
         pairs, alignment_notes = align(
             targets,
@@ -114,3 +127,37 @@ def read_translation(
             f"{task.name} --source {source} --target {target} --splits {split} --direction to-target --output {folder}"
         )
     return read_split(replace(task, id_columns=("id",)), folder, name, split)
+
+
+def _check_positions(task: Task, folder: Path, split: str, originals: Sequence[Example]) -> None:
+    """Check that the translation of rows without ids was made from these rows, because it is paired by position.
+
+    The first rows may have been translated alone (`flare translate --limit`). The texts are compared if the provenance
+    has their digest (earlier versions did not write it) and the text columns are the same.
+
+    Raises:
+        DataError: the rows have changed since they were translated, or the provenance cannot be read.
+    """
+    path = folder / PROVENANCE
+    if not without_ids(originals) or not path.is_file():
+        return
+    try:
+        provenance = read_object(path)
+        entry = provenance["splits"].get(split)
+        if entry is None:
+            return  # a translation that flare translate did not write
+        count = entry["counts"]["rows"]
+        digest = entry.get("texts_sha256") if provenance["text_columns"] == list(task.text_columns) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} does not say which rows the {split} split was translated from ({type(error).__name__}: {error}), "
+            "and the rows have no ids; restore the file, or translate the split again into another folder"
+        ) from error
+    if len(originals) >= count and digest in (None, digest_of_texts(originals[:count])):
+        return
+    found = f"only {len(originals)} rows" if len(originals) < count else f"other texts in its first {count} rows"
+    raise DataError(
+        f"{folder}: the {split} split was translated from {count} rows without ids, and the data now has {found}, so "
+        "rows and translations cannot be paired by position. Restore the rows, or translate them again (flare "
+        "translate with another --output); with an id column, rows may be removed and moved"
+    )

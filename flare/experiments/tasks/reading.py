@@ -12,7 +12,7 @@ from .data_error import DataError
 from .data_sets import DATA_SETS, translatable
 from .examples import Example
 from .files import SPLITS, find_file, read_folder
-from .hub import check_parallel, hub_note, read_hub
+from .hub import check_parallel, has_hub, hub_note, read_hub
 from .label_inference import inferred_labels, inferred_tags, label_table
 from .parallel_table import ParallelColumns, has_parallel, read_parallel
 from .registry import NAMED, Task
@@ -48,7 +48,10 @@ def has_split(task: Task, data: Data, language: str, split: str) -> bool:
     """Return whether a split exists.
 
     In a folder, this means that the split has a file; in a parallel table, that it has a file or rows; on the hub, that
-    it can be loaded.
+    the data set has it.
+
+    Raises:
+        DataError: the hub cannot be reached, or the data set cannot be loaded for another reason than its splits.
     """
     _check_split(split)
     if isinstance(data, ParallelColumns):
@@ -56,11 +59,7 @@ def has_split(task: Task, data: Data, language: str, split: str) -> bool:
     folder = _folder(data)
     if folder is not None:
         return find_file(folder, language, split) is not None
-    try:
-        read_hub(task, _hub_id(task, data), language, split)
-    except DataError:
-        return False
-    return True
+    return has_hub(_hub_id(task, data), language, split)
 
 
 def resolve_labels(task: Task, data: Data, language: str) -> Task:

@@ -1,7 +1,8 @@
 """Read tables in the usual file formats.
 
 .csv           comma-separated fields, quoted according to RFC 4180
-.tsv           tab-separated fields; if the quotation marks are not balanced, all of them are read as text
+.tsv           tab-separated fields; if the quotation marks are not balanced or a quotation spans several rows, all of
+               them are read as text
 .json          a list of rows, {"data": [rows]}, or one row per line
 .jsonl         one row per line
 .parquet       the columns of a Parquet file
@@ -48,10 +49,14 @@ class Table:
 
 
 def find_tables(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
-    """Return the paths of the tables called `name` in a folder; for a sharded table, the path of its first shard."""
+    """Return the paths of the tables called `name` in a folder; for a sharded table, the path of its first shard.
+
+    Shards that count different totals (-of-NNNNN) are different tables.
+    """
     paths = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").is_file()]
     for suffix in suffixes:
-        paths += sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))[:1]
+        shards = sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))
+        paths += sorted({path.stem[-5:]: path for path in reversed(shards)}.values())
     return [*paths, *([folder / name] if is_saved(folder / name) else [])]
 
 
@@ -126,15 +131,30 @@ def _read_csv(path: Path) -> Table:
 
 
 def _read_tsv(path: Path) -> Table:
+    """Read a TSV file with quoting or, if that fails or suggests plain quotation marks, without quoting.
+
+    In a file without quoting, a text that starts with a quotation mark may end rows later, and the rows between would
+    become part of its field. Such a field has a tab and a line break. If the file cannot be read without quoting, the
+    field is really quoted.
+    """
+    quoted: Table | DataError
     try:
-        return _delimited(path, "\t", csv.QUOTE_MINIMAL)
-    except DataError as quoting_error:
-        try:
-            table = _delimited(path, "\t", csv.QUOTE_NONE)
-        except DataError:
-            raise quoting_error from None  # most files use quoting, so the first error helps more
-        warnings.warn(f"{path}: quotation marks are read as text, because they are not balanced", stacklevel=2)
-        return table
+        quoted = _delimited(path, "\t", csv.QUOTE_MINIMAL)
+    except DataError as error:
+        quoted = error
+    if isinstance(quoted, Table) and not any(
+        "\n" in cell and "\t" in cell for row in quoted.rows for cell in row.values()
+    ):
+        return quoted
+    try:
+        table = _delimited(path, "\t", csv.QUOTE_NONE)
+    except DataError:
+        if isinstance(quoted, Table):
+            return quoted
+        raise quoted from None  # most files use quoting, so the first error helps more
+    reason = "a quotation spans several rows" if isinstance(quoted, Table) else "they are not balanced"
+    warnings.warn(f"{path}: quotation marks are read as text, because {reason}", stacklevel=2)
+    return table
 
 
 def _delimited(path: Path, delimiter: str, quoting: int) -> Table:
@@ -284,13 +304,14 @@ def _read_conll(path: Path) -> Table:
             if sentences[-1]:
                 sentences.append([])
             continue
-        fields = line.strip().split("\t") if "\t" in line else line.split()
+        line = line.strip(" \t\r")  # strip() and split() without arguments would also remove a word's no-break space
+        fields = line.split("\t") if "\t" in line else re.split(" +", line)
         if len(fields) < 2:
             raise DataError(
-                f"{path}, line {number}: {line.strip()!r} has no tag; a line is a word, a tab or a space, and a tag, "
+                f"{path}, line {number}: {line!r} has no tag; a line is a word, a tab or a space, and a tag, "
                 "and an empty line ends a sentence"
             )
-        sentences[-1].append((fields[0].strip(), fields[-1].strip()))
+        sentences[-1].append((fields[0].strip(" "), fields[-1].strip(" ")))
     columns = [[list(column) for column in zip(*sentence, strict=True)] for sentence in sentences if sentence]
     return Table([dict(zip(CONLL_COLUMNS, lists, strict=True)) for lists in columns], CONLL_COLUMNS)
 

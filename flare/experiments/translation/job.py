@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..tasks import Example, Task
-from ..tasks.digest import digest_of_rows
+from ..tasks.digest import digest_of_rows, digest_of_texts
 from ..tasks.files import find_file, write_split
 from ..utils.environment import environment, now
 from ..utils.names import folder_name
@@ -162,6 +162,7 @@ def _start(
     entry = {
         "status": "running",
         "input_sha256": digest_of_rows(job.rows),
+        "texts_sha256": digest_of_texts(job.rows),  # compared when rows without ids are paired
         "data": job.data,
         **({"lost_marks": job.lost_marks} if job.task.kind == "qa" else {}),
     }

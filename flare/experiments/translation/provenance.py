@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..tasks.pairs import PROVENANCE
 from ..utils.atomic_files import write_json
 from ..utils.json_files import read_object
 from .model import TranslationError
 
-FILE = "provenance.json"
+FILE = PROVENANCE
 FORMAT = 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -63,6 +64,10 @@ def run_translate(settings: TranslateSettings, print_fn: Callable[[str], None] =
         raise TranslationError(
             f"task {task.name}: the tags belong to the words of one language and cannot be translated; translate the "
             "target's sentences into the source language (--direction to-source), and use flare train --source-text mt"
+        )
+    if settings.data is not None and os.path.isfile(os.path.expanduser(settings.data)):
+        raise TranslationError(
+            f"--data {settings.data}: this is one file; give a folder with one sub-folder per language, or a hub id"
         )
     if tuple(settings.target) == ("all",):
         targets, notes = all_targets(task, settings.data, settings.source)

@@ -33,9 +33,11 @@ class GenerativeForm(Form):
                 f"the tokenizer ({type(tokenizer).__name__}) has no end token to end an answer with; set "
                 "tokenizer.eos_token"
             )
+        self._label_ids: dict[str, list[int]] = {}  # verbalization of a label -> token ids of the answer
         if task.labels is not None and task.kind != "qa":
             task.with_labels(task.labels)  # raises if two labels have the same verbalization
-            self.max_new_tokens = max(len(self.answer_ids(task.verbalized(label))) for label in task.labels)
+            self._label_ids = {text: self.answer_ids(text) for text in map(task.verbalized, task.labels)}
+            self.max_new_tokens = max(map(len, self._label_ids.values()))
         else:
             self.max_new_tokens = min(ANSWER_TOKENS, self.max_length // 4)
         self.longest_prompt = self.max_length
@@ -104,9 +106,8 @@ class GenerativeForm(Form):
         """
         if self.task.kind != "multiple-choice":
             return None
-        answers = [self.answer_ids(letter) for letter in self.task.labels or ()]
         n = len(generated)
-        allowed = {ids[n] for ids in answers if len(ids) > n and ids[:n] == list(generated)}
+        allowed = {ids[n] for ids in self._label_ids.values() if len(ids) > n and ids[:n] == list(generated)}
         return sorted(allowed) or [self.tokenizer.eos_token_id]
 
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
@@ -157,6 +158,10 @@ class GenerativeForm(Form):
             return self.task.verbalized(label or "")
         return example.answers[0].text.strip() if example.answers else None
 
+    def _ids_of(self, answer: str) -> list[int]:
+        """Return `answer_ids` of an answer. Labels are tokenized only once."""
+        return [*self._label_ids[answer]] if answer in self._label_ids else self.answer_ids(answer)
+
     def _prompts(self, examples: Sequence[Example], prefix: str) -> tuple[list[list[int]], list[str]]:
         """Return the token ids of the prompts of the target or the source, and a note on truncated prompts.
 
@@ -204,7 +209,7 @@ class GenerativeForm(Form):
         source_cut: list[str] = []
         for index, pair in enumerate(pairs):
             answer = self._answer_of(pair.target)
-            ids = self.answer_ids(answer) if answer is not None else []
+            ids = self._ids_of(answer) if answer is not None else []
             if answer is None or len(ids) > self.max_new_tokens:
                 (absent if answer is None else long).append(pair.target.id)
                 continue
@@ -214,7 +219,7 @@ class GenerativeForm(Form):
                 source_answer = self._answer_of(pair.source, pair.target.label)
                 if source_answer is None:
                     source_absent.append(pair.target.id)
-                source_ids = self.answer_ids(source_answer or "")
+                source_ids = self._ids_of(source_answer or "")
                 if len(source_ids) > self.max_new_tokens:
                     source_cut.append(pair.target.id)
                     source_ids = [*source_ids[: self.max_new_tokens - 1], source_ids[-1]]
