@@ -113,6 +113,21 @@ def test_ablation_table_over_ranks(tasks: Path, tmp_path: Path) -> None:
     assert table.best == {(1, 3), (1, 4)}
 
 
+def test_ablation_table_has_separate_rows_for_each_source_language(tmp_path: Path) -> None:
+    for source, scores in (("english", (50.0, 40.0)), ("indonesian", (70.0, 60.0))):
+        make_run(tmp_path / source, None, "finetune", 0, 90.0, source=source)
+        for r, score in zip((8, 16), scores, strict=True):
+            make_run(tmp_path / source, "ace", "flare", 0, score, source=source, variant=f"flare-r{r}", r=r)
+    groups = collect([tmp_path]).groups
+    table = ablation_table(groups, {group.slug: "macro_f1" for group in groups}, *ABLATIONS["ranks"])
+    assert [(row[0], *row[2:]) for row in table.rows] == [
+        ("tiny-bert from english", "8", "50.0"),
+        ("tiny-bert from english", "16", "40.0"),
+        ("tiny-bert from indonesian", "8", "70.0"),
+        ("tiny-bert from indonesian", "16", "60.0"),
+    ]
+
+
 def test_display_names_of_tasks_models_and_languages() -> None:
     assert task_name("nusax") == "NusaX" and task_name("my-task") == "my-task"
     assert [
