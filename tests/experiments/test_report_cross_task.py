@@ -89,13 +89,46 @@ def test_averages_and_ranks_over_tasks(tasks: Path) -> None:
     assert "tiny-bert,flare,FLARE,average,,82.5," in overview_csv([overview])
 
 
-def test_data_sets_of_the_user_are_separate_groups(tmp_path: Path) -> None:
-    for data, score in (("polarity", 70.0), ("topics", 50.0)):
-        settings = {"data": f"/data/{data}"}
-        make_run(tmp_path / data, "ace", "lora", 0, score, task="classification", settings=settings)
-        make_run(tmp_path / data, None, "finetune", 0, 90.0, task="classification", settings=settings)
-    groups = collect([tmp_path]).groups
-    assert [(group.slug, group.shown_task) for group in groups] == [("polarity", "polarity"), ("topics", "topics")]
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (
+            [("classification", "/A/polarity"), ("classification", "/A/topics")],
+            ["polarity", "topics"],
+        ),
+        (
+            [("classification", "/A/data"), ("classification", "/B/data"), ("multi-label", "/C/data")],
+            ["A/data", "B/data", "C/data"],
+        ),
+        (
+            [("classification", "/A/data"), ("regression", "/A/data")],
+            ["data (classification)", "data (regression)"],
+        ),
+        ([("nusax", "/A/NusaX"), ("classification", "/B/NusaX")], ["NusaX", "NusaX (classification)"]),
+    ],
+    ids=("two names", "same name", "one folder", "name of a task"),
+)
+def test_data_sets_of_the_user_are_separate_groups_with_different_names(
+    tmp_path: Path, data: list[tuple[str, str]], names: list[str]
+) -> None:
+    for number, (task, path) in enumerate(data):
+        for language, method in ((None, "finetune"), ("ace", "lora")):
+            make_run(tmp_path / str(number), language, method, 0, 50.0, task=task, settings={"data": path})
+    groups = sorted(collect([tmp_path]).groups, key=lambda group: group.shown_task)
+    assert [group.shown_task for group in groups] == names and len({group.slug for group in groups}) == len(groups)
+    assert [len(group.bases) for group in groups] == [1] * len(groups)
+    (overview,) = overview_of(tmp_path)
+    assert sorted(overview.tasks) == names
+
+
+def test_moved_data_with_the_same_test_rows_are_one_data_set(tmp_path: Path) -> None:
+    for seed, path in enumerate(("/home/me/polarity", "/scratch/polarity")):
+        folder = make_run(tmp_path, "ace", "lora", seed, 50.0, task="classification", settings={"data": path})
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**record, "data": {"digest": {"test": "d1"}}}))
+        make_run(tmp_path, None, "finetune", seed, 90.0, task="classification", settings={"data": "/old/polarity"})
+    group = group_of(tmp_path)
+    assert (group.shown_task, len(group.entries), len(group.bases)) == ("polarity", 2, 2)
 
 
 def test_ablation_table_over_ranks(tasks: Path, tmp_path: Path) -> None:
