@@ -14,7 +14,8 @@ from flare.experiments.report.collect import collect
 from flare.experiments.report.cross_task import ABLATIONS, ablation_table, overview_csv, overview_table, overviews
 from flare.experiments.report.display import language_names, model_name, task_name
 from flare.experiments.report.figures.ablations import draw_translators
-from flare.experiments.report.figures.overview import draw_average_ranks
+from flare.experiments.report.figures.compare import draw_comparison
+from flare.experiments.report.figures.overview import draw_average_ranks, draw_tasks
 from flare.experiments.runs.activations import (
     ACTIVATIONS_FILE,
     Activations,
@@ -240,3 +241,19 @@ def test_figures_over_tasks_translators_and_positions(tasks: Path, tmp_path: Pat
     assert bars.get_ylim()[0] == 0 and {"1.50", "2.00", "2.50"} == {text.get_text() for text in bars.texts}
     axes = draw_translators(group_of(tasks / "nusax"), "macro_f1").axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["NLLB 600M", "NLLB 3.3B"]
+
+
+def test_bars_of_negative_scores_are_inside_the_axes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for task in ("nusax", "xnli"):
+        for method, score in (("lora", -30.0), ("flare", -5.0)):
+            for seed in (0, 1):
+                make_run(tmp_path / task, "ace", method, seed, score - seed, task=task)
+        for seed in (0, 1):
+            make_run(tmp_path / task, None, "finetune", seed, -20.0, task=task)
+    figure = draw_comparison(group_of(tmp_path / "nusax"), "macro_f1")
+    low, high = figure.axes[0].get_ylim()
+    assert low < -31 and high > 0
+    assert {"-30.5", "-5.5"} == {text.get_text() for text in figure.axes[0].texts}
+    assert all(text.xy[1] >= 0 for text in figure.axes[0].texts), "the numbers are above the zero line"
+    assert all(axes.get_xlim()[0] < -30.5 for axes in draw_tasks(overview_of(tmp_path)).axes)
