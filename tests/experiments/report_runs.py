@@ -25,6 +25,7 @@ def make_run(
     variant: str | None = None,
     status: str = "done",
     task: str = "nusax",
+    source: str = "english",
     settings: dict | None = None,
     setting: str | None = None,
     measured: dict | None = None,
@@ -41,6 +42,7 @@ def make_run(
         variant: the method with its options, such as "flare-r8", or a name that a user gave; None: the method.
         status: status in run.json.
         task: name of the task.
+        source: the source language.
         settings: settings in run.json.
         setting: the evaluation that gave the score, a key of `Metrics.test`. None: "source-language" for a fine-tuned
             base, "zero-shot" for zero-shot, and "translate-train" for all other methods.
@@ -57,7 +59,7 @@ def make_run(
         kind=kind,
         status=status,
         task=task,
-        source_language="english",
+        source_language=source,
         target_language=language,
         method=method,
         variant=variant,

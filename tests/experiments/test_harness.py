@@ -255,6 +255,30 @@ def test_unsupported_options_are_refused(base, fusing, plain, caplog) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("columns", "refused"),
+    [
+        ({"text": "a", "label_text": "ja"}, True),  # the source has only the correct answer in the source language
+        ({"text": "a", "label_text": "nee"}, False),  # equal in both languages
+        ({"text": "a", "options": ["ja", "nee"]}, False),
+        ({"text": "a", "first": "ja", "second": "nee"}, False),
+    ],
+)
+def test_a_column_with_the_correct_answer_is_refused_as_a_source(base, fusing, columns, refused) -> None:
+    english = {"a": "x", "ja": "yes", "nee": "nee"}
+    sources = {
+        f"source_{name}": english[value] if isinstance(value, str) else [english[one] for one in value]
+        for name, value in columns.items()
+    }
+    requests = [request({**columns, **sources}, "Q: a\nA:", f" {answer}") for answer in ("ja", "nee")]
+    model = FlareLM(str(base), str(fusing), device="cpu")
+    if refused:
+        with pytest.raises(UserError, match=r"column label_text, .* 'nee' unchanged.*source_columns"):
+            model.loglikelihood(requests, disable_tqdm=True)
+        model = FlareLM(str(base), str(fusing), device="cpu", source_columns="text")
+    assert len(model.loglikelihood(requests, disable_tqdm=True)) == 2
+
+
 def test_answers_of_one_token_share_a_forward_pass(base, fusing) -> None:
     docs = [{"text": "ja", "source_text": english} for english in ("yes", "no", "yes")]
     requests = [request(doc, "ja?", answer) for doc in docs for answer in "AB"]

@@ -14,7 +14,8 @@ from flare.experiments.report.collect import collect
 from flare.experiments.report.cross_task import ABLATIONS, ablation_table, overview_csv, overview_table, overviews
 from flare.experiments.report.display import language_names, model_name, task_name
 from flare.experiments.report.figures.ablations import draw_translators
-from flare.experiments.report.figures.overview import draw_average_ranks
+from flare.experiments.report.figures.compare import draw_comparison
+from flare.experiments.report.figures.overview import draw_average_ranks, draw_tasks
 from flare.experiments.runs.activations import (
     ACTIVATIONS_FILE,
     Activations,
@@ -89,13 +90,46 @@ def test_averages_and_ranks_over_tasks(tasks: Path) -> None:
     assert "tiny-bert,flare,FLARE,average,,82.5," in overview_csv([overview])
 
 
-def test_data_sets_of_the_user_are_separate_groups(tmp_path: Path) -> None:
-    for data, score in (("polarity", 70.0), ("topics", 50.0)):
-        settings = {"data": f"/data/{data}"}
-        make_run(tmp_path / data, "ace", "lora", 0, score, task="classification", settings=settings)
-        make_run(tmp_path / data, None, "finetune", 0, 90.0, task="classification", settings=settings)
-    groups = collect([tmp_path]).groups
-    assert [(group.slug, group.shown_task) for group in groups] == [("polarity", "polarity"), ("topics", "topics")]
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (
+            [("classification", "/A/polarity"), ("classification", "/A/topics")],
+            ["polarity", "topics"],
+        ),
+        (
+            [("classification", "/A/data"), ("classification", "/B/data"), ("multi-label", "/C/data")],
+            ["A/data", "B/data", "C/data"],
+        ),
+        (
+            [("classification", "/A/data"), ("regression", "/A/data")],
+            ["data (classification)", "data (regression)"],
+        ),
+        ([("nusax", "/A/NusaX"), ("classification", "/B/NusaX")], ["NusaX", "NusaX (classification)"]),
+    ],
+    ids=("two names", "same name", "one folder", "name of a task"),
+)
+def test_data_sets_of_the_user_are_separate_groups_with_different_names(
+    tmp_path: Path, data: list[tuple[str, str]], names: list[str]
+) -> None:
+    for number, (task, path) in enumerate(data):
+        for language, method in ((None, "finetune"), ("ace", "lora")):
+            make_run(tmp_path / str(number), language, method, 0, 50.0, task=task, settings={"data": path})
+    groups = sorted(collect([tmp_path]).groups, key=lambda group: group.shown_task)
+    assert [group.shown_task for group in groups] == names and len({group.slug for group in groups}) == len(groups)
+    assert [len(group.bases) for group in groups] == [1] * len(groups)
+    (overview,) = overview_of(tmp_path)
+    assert sorted(overview.tasks) == names
+
+
+def test_moved_data_with_the_same_test_rows_are_one_data_set(tmp_path: Path) -> None:
+    for seed, path in enumerate(("/home/me/polarity", "/scratch/polarity")):
+        folder = make_run(tmp_path, "ace", "lora", seed, 50.0, task="classification", settings={"data": path})
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**record, "data": {"digest": {"test": "d1"}}}))
+        make_run(tmp_path, None, "finetune", seed, 90.0, task="classification", settings={"data": "/old/polarity"})
+    group = group_of(tmp_path)
+    assert (group.shown_task, len(group.entries), len(group.bases)) == ("polarity", 2, 2)
 
 
 def test_ablation_table_over_ranks(tasks: Path, tmp_path: Path) -> None:
@@ -111,6 +145,21 @@ def test_ablation_table_over_ranks(tasks: Path, tmp_path: Path) -> None:
         ("tiny-bert", "FLARE", "16", "66.0", "66.0", "66.0"),
     )
     assert table.best == {(1, 3), (1, 4)}
+
+
+def test_ablation_table_has_separate_rows_for_each_source_language(tmp_path: Path) -> None:
+    for source, scores in (("english", (50.0, 40.0)), ("indonesian", (70.0, 60.0))):
+        make_run(tmp_path / source, None, "finetune", 0, 90.0, source=source)
+        for r, score in zip((8, 16), scores, strict=True):
+            make_run(tmp_path / source, "ace", "flare", 0, score, source=source, variant=f"flare-r{r}", r=r)
+    groups = collect([tmp_path]).groups
+    table = ablation_table(groups, {group.slug: "macro_f1" for group in groups}, *ABLATIONS["ranks"])
+    assert [(row[0], *row[2:]) for row in table.rows] == [
+        ("tiny-bert from english", "8", "50.0"),
+        ("tiny-bert from english", "16", "40.0"),
+        ("tiny-bert from indonesian", "8", "70.0"),
+        ("tiny-bert from indonesian", "16", "60.0"),
+    ]
 
 
 def test_display_names_of_tasks_models_and_languages() -> None:
@@ -192,3 +241,19 @@ def test_figures_over_tasks_translators_and_positions(tasks: Path, tmp_path: Pat
     assert bars.get_ylim()[0] == 0 and {"1.50", "2.00", "2.50"} == {text.get_text() for text in bars.texts}
     axes = draw_translators(group_of(tasks / "nusax"), "macro_f1").axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["NLLB 600M", "NLLB 3.3B"]
+
+
+def test_bars_of_negative_scores_are_inside_the_axes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for task in ("nusax", "xnli"):
+        for method, score in (("lora", -30.0), ("flare", -5.0)):
+            for seed in (0, 1):
+                make_run(tmp_path / task, "ace", method, seed, score - seed, task=task)
+        for seed in (0, 1):
+            make_run(tmp_path / task, None, "finetune", seed, -20.0, task=task)
+    figure = draw_comparison(group_of(tmp_path / "nusax"), "macro_f1")
+    low, high = figure.axes[0].get_ylim()
+    assert low < -31 and high > 0
+    assert {"-30.5", "-5.5"} == {text.get_text() for text in figure.axes[0].texts}
+    assert all(text.xy[1] >= 0 for text in figure.axes[0].texts), "the numbers are above the zero line"
+    assert all(axes.get_xlim()[0] < -30.5 for axes in draw_tasks(overview_of(tmp_path)).axes)

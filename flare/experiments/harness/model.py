@@ -120,6 +120,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
         """Return the log-likelihood of each continuation, and whether greedy decoding would generate it."""
         if self.sources is None:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+        self.sources.check_choices(requests)
         rows = [self._row(request.args, self.sources.of(request)) for request in requests]
         self._warn_if_cut(rows, self.max_length)
         groups = sorted(self._equal_inputs(rows), key=lambda group: -len(rows[group[0]]["input_ids"]))

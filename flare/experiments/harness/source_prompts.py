@@ -73,7 +73,7 @@ class SourcePrompts:
                 or its source lacks, a column has different numbers of texts in the document and in its source, or
                 the prompt lacks the texts to replace or contains one of them more than once.
         """
-        where = f"task {request.task_name}, document {request.doc_id}"
+        where = _where(request)
         context = str(request.args[0])
         continuation = request.args[1] if isinstance(request.args[1], str) else ""
         row = self._row(request, where)
@@ -83,6 +83,38 @@ class SourcePrompts:
         else:
             prompt = self._replaced(context, continuation, pairs, where, str(request.task_name))
         return prompt, _in_source(continuation, pairs)
+
+    def check_choices(self, requests: Sequence[Any]) -> None:
+        """Refuse documents in which only some of the choices have a source text.
+
+        A column with the text of the correct answer would put only this answer into the source language, which shows
+        which choice is correct. Columns that the user names are not checked.
+
+        Args:
+            requests: all requests that score a continuation.
+
+        Raises:
+            UserError: ``columns`` is None, and only some continuations of a document are replaced by source texts.
+        """
+        if self.columns is not None:
+            return
+        documents: dict[tuple[str, int], list[Any]] = {}
+        for request in requests:
+            documents.setdefault((str(request.task_name), request.doc_id), []).append(request)
+        for members in documents.values():
+            where, doc = _where(members[0]), members[0].doc
+            pairs = self._pairs(doc, self._row(members[0], where), where)
+            choices = {str(request.args[1]).strip() for request in members}
+            found = {name: choices & texts.keys() for name, texts in pairs.items()}
+            kept = choices.difference(*found.values())
+            replaced = [name for name in found if any(pairs[name][text] != text for text in found[name])]
+            if kept and replaced:
+                raise UserError(
+                    f"{where}: only some of the choices are texts of column {', '.join(replaced)}, so the source has "
+                    f"these in the source language and {min(kept)[:40]!r} unchanged, which can show the correct "
+                    "answer. Name the columns to replace with source_columns, joined by '+' (the document and its "
+                    f"source share {', '.join(pairs)}), without a column that holds the answer"
+                )
 
     def _row(self, request: Any, where: str) -> Row:
         """Return the source texts of a document, by the document's column names."""
@@ -194,6 +226,10 @@ class SourcePrompts:
         if task not in self._logged:
             self._logged.add(task)
             logger.info(line)
+
+
+def _where(request: Any) -> str:
+    return f"task {request.task_name}, document {request.doc_id}"
 
 
 def _texts(value: Any) -> list[str]:

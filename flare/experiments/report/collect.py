@@ -182,28 +182,32 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
             "and flare evaluate write runs"
         )
     groups: dict[tuple[str, str, str, str], RunGroup] = {}
+    paths = _data_paths(runs.values())
+    bases: list[Run] = []
     unfinished = []
     for run in runs.values():
         record, reason = run.record, _exclusion_reason(run)
         if reason:
             unfinished.append(f"{run.folder}: {reason}")
             continue
-        model = _model(run, runs)
-        key = record.task, record.source_language, model, _data_name(run)
-        group = groups.setdefault(key, RunGroup(*key))
         if record.kind == "finetune":
-            group.bases.append(run)
-        else:
-            group.entries += [Entry(run, setting, _scores(run, setting)) for setting in run.metrics.test]
-    nonempty = [part for group in groups.values() for part in _split_other_rows(group) if part.entries]
+            bases.append(run)
+            continue
+        path = _data_path(run)
+        key = record.task, record.source_language, _model(run, runs), paths.get(path, path)
+        group = groups.setdefault(key, RunGroup(*key))
+        group.entries += [Entry(run, setting, _scores(run, setting)) for setting in run.metrics.test]
+    for run in bases:
+        _add_base(run, paths, groups.values())
+    nonempty = [part for group in groups.values() for part in _split_other_rows(group)]
     if not nonempty:
-        bases = sum(len(group.bases) for group in groups.values())
         raise ReportError(
-            f"{where}: nothing to report. Runs: {len(runs)}; among them fine-tuned bases: {bases}, unfinished or "
+            f"{where}: nothing to report. Runs: {len(runs)}; among them fine-tuned bases: {len(bases)}, unfinished or "
             f"without test results: {len(unfinished)}" + "".join(f"\n  {line}" for line in unfinished[:5])
         )
     for group in nonempty:
         _check_duplicates(group.entries)
+    _set_data_names(nonempty)
     _set_slugs(nonempty)
     return Collection(sorted(nonempty, key=lambda group: group.slug), unfinished, len(runs))
 
@@ -294,10 +298,71 @@ def _model(run: Run, runs: dict[Path, Run]) -> str:
     return re.sub(r"/seed-\d+/?$", "", base)
 
 
-def _data_name(run: Run) -> str:
-    """Return the name of the user's own data, or "" if the task has a fixed data set."""
-    data = str(run.record.settings.get("data") or "") if run.record.task in OWN else ""
-    return data.rstrip("/").rpartition("/")[2]
+def _data_path(run: Run) -> str:
+    """Return the path or hub id of the user's own data, or "" if the task has a fixed data set."""
+    return str(run.record.settings.get("data") or "").rstrip("/") if run.record.task in OWN else ""
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _data_paths(runs: Iterable[Run]) -> dict[str, str]:
+    """Return {path of the user's own data: path that stands for the data set}, for runs of adapters and evaluations.
+
+    Two paths are one data set (for example on two machines) if they end in the same name and runs on both were scored
+    on the same test rows. The first path then stands for both.
+    """
+    paths: dict[str, str] = {}
+    first: dict[tuple[str, str], str] = {}
+    for run in runs:
+        path = _data_path(run)
+        digest = (run.record.data.get("digest") or {}).get("test")
+        if not path or run.record.kind == "finetune":
+            continue
+        old = paths.setdefault(path, path)
+        if digest and (new := paths[first.setdefault((_last(path), digest), path)]) != old:
+            paths = {one: new if other == old else other for one, other in paths.items()}
+    return paths
+
+
+def _add_base(run: Run, paths: dict[str, str], groups: Iterable[RunGroup]) -> None:
+    """Add a fine-tuned base to the groups of its task, source language, model and data set.
+
+    If no group has the path of the base's data, the data may have been moved. The base is then added to the groups
+    whose data have the same name.
+    """
+    record, path = run.record, _data_path(run)
+    key = record.task, record.source_language, record.base
+    same = [group for group in groups if (group.task, group.source, group.model) == key]
+    exact = [group for group in same if group.data == paths.get(path)]
+    for group in exact or [group for group in same if _last(group.data) == _last(path)]:
+        group.bases.append(run)
+
+
+def _set_data_names(groups: Sequence[RunGroup]) -> None:
+    """Replace each group's path of the user's own data by a name that no other data set of the report has.
+
+    The name is the last part of the path. It has more parts if another path ends in the same part, and is followed by
+    the task if another task has the same data or is shown by this name.
+    """
+    paths = {group.data for group in groups if group.data}
+    names = {path: _shortest_end(path, paths - {path}) for path in paths}
+    tasks: dict[str, set[str]] = {}
+    for group in groups:
+        tasks.setdefault(names.get(group.data) or task_name(group.task), set()).add(group.task)
+    for group in groups:
+        if name := names.get(group.data):
+            group.data = f"{name} ({group.task})" if len(tasks[name]) > 1 else name
+
+
+def _shortest_end(path: str, others: Iterable[str]) -> str:
+    """Return the shortest end of a path, in whole parts, that no other path has."""
+    parts = path.split("/")
+    for start in range(len(parts) - 1, 0, -1):
+        if all(other.split("/")[start - len(parts) :] != parts[start:] for other in others):
+            return "/".join(parts[start:])
+    return path
 
 
 def _check_duplicates(entries: Iterable[Entry]) -> None:

@@ -65,16 +65,19 @@ def overviews(groups: Sequence[RunGroup], metrics: Mapping[str, str]) -> list[Ov
         groups: groups of the report.
         metrics: slug of a group -> metric to show.
     """
-    shown = model_names(group.model for group in groups)
+    groups = [group for group in groups if not group.rows]
     by_model: dict[tuple[str, str], list[RunGroup]] = {}
     for group in groups:
-        if not group.rows:
-            by_model.setdefault((group.model, group.source), []).append(group)
-    several = len({source for _, source in by_model}) > 1
-    return [
-        _overview(shown[model] + (f" from {source}" if several else ""), members, metrics)
-        for (model, source), members in by_model.items()
-    ]
+        by_model.setdefault((group.model, group.source), []).append(group)
+    shown = _shown_models(groups)
+    return [_overview(shown[key], members, metrics) for key, members in by_model.items()]
+
+
+def _shown_models(groups: Sequence[RunGroup]) -> dict[tuple[str, str], str]:
+    """Return {(model, source language): display name}. The name has the language if the groups have several."""
+    models = model_names(group.model for group in groups)
+    several = len({group.source for group in groups}) > 1
+    return {(g.model, g.source): models[g.model] + (f" from {g.source}" if several else "") for g in groups}
 
 
 def _overview(model: str, groups: Sequence[RunGroup], metrics: Mapping[str, str]) -> Overview:
@@ -204,7 +207,7 @@ def ablation_table(groups: Sequence[RunGroup], metrics: Mapping[str, str], facto
     such as fusions with r=64 and fusions with r=8, the largest family is shown. Return None if there are no families.
     """
     groups = [group for group in groups if not group.rows]
-    models = model_names(group.model for group in groups)
+    models = _shown_models(groups)
     cells_of: dict[tuple[str, str, Any], dict[str, Cell]] = {}  # (model, method, value) -> column -> cell
     varied = []
     for group in groups:
@@ -223,7 +226,7 @@ def ablation_table(groups: Sequence[RunGroup], metrics: Mapping[str, str], facto
             largest[method] = max(largest.get(method, family), family, key=len)
         for method, family in largest.items():
             for value, label in family.items():
-                cells = cells_of.setdefault((models[group.model], method, value), {})
+                cells = cells_of.setdefault((models[group.model, group.source], method, value), {})
                 cells |= {name: average_over(group, label, metrics[group.slug], part) for name, part in parts.items()}
     if not cells_of:
         return None

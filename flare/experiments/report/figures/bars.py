@@ -23,7 +23,7 @@ from .style import (
 )
 
 _NARROWEST = 0.085  # smallest width of a bar, in inches
-_SHORTEST = 0.2  # smallest height of a bar that holds a number, as a share of the highest value
+_SHORTEST = 0.2  # smallest height of a bar that holds a number, as a share of the range of the values
 _AXIS = 0.45  # space to the left of the axes, in inches
 
 
@@ -57,7 +57,7 @@ def grouped_bars(
         series: bars that are drawn side by side at each tick.
         places: ticks of the x axis, in order. If they do not fit next to each other, they are split over several axes,
             one below the other.
-        ylabel: label of the y axis, which starts at 0.
+        ylabel: label of the y axis, which starts at 0, or below the lowest value if that is negative.
         reference: name and height of a dotted line through all axes.
         apart: tick (of the average) that a line separates from the other ticks; None: no tick.
         digits: decimals of the numbers on the bars.
@@ -75,8 +75,11 @@ def grouped_bars(
     grid = figure.subplots(len(rows), 1, squeeze=False, sharey=True)[:, 0]
     thick = 0.84 / len(series)
     handles: list[Any] = []
-    top = max(value for one in series for cell in one.cells.values() if cell for value in (cell.mean, *cell.values))
-    top = max(top, reference[1] if reference else 0.0)
+    values = [value for one in series for cell in one.cells.values() if cell for value in (cell.mean, *cell.values)]
+    values += [0.0, reference[1] if reference else 0.0]
+    low, top = min(values), max(values)
+    span = (top - low) or 1.0
+    margin = span * (0.12 if thick * step >= text_width("00.0", 6) else 0.2)
     dotted = any(len(cell.values) > 1 for one in series for cell in one.cells.values() if cell)
     for axes, row in zip(grid, rows, strict=True):
         for place, name in enumerate(row):
@@ -99,8 +102,8 @@ def grouped_bars(
                 axes.plot([place + shift] * len(spots), spots, "o", color="black", markersize=1.6, markeredgewidth=0)
                 # if there are dots, the mean is written inside the bar (unless the bar is too short for it), because
                 # above the dots the mean could be taken for a seed's score
-                foot = dotted and cell.mean > _SHORTEST * top
-                height, inside = (0.0, look["color"]) if foot else (max([cell.mean, *spots]), None)
+                foot = dotted and cell.mean > _SHORTEST * span
+                height, inside = (0.0, look["color"]) if foot else (max([0.0, cell.mean, *spots]), None)
                 _number(axes, place + shift, height, f"{cell.mean:.{digits}f}", thick * step, inside)
             for place in sorted(set(range(len(row))) - {place for place, _ in known}):
                 axes.text(place + shift, 0, "-", ha="center", va="bottom", fontsize=SMALL, color="#666666")
@@ -110,7 +113,9 @@ def grouped_bars(
             axes.axhline(reference[1], color="black", linewidth=0.8, linestyle=":")
         axes.set_xlim(-0.55, longest_row - 0.45)
         axes.set_ylabel(ylabel, fontsize=NORMAL)
-        axes.set_ylim(0, top * (1.12 if thick * step >= text_width("00.0", 6) else 1.2))
+        axes.set_ylim(low - margin / 2 if low < 0 else 0, top + margin)
+        if low < 0:
+            axes.axhline(0, color="black", linewidth=0.6)
         plain_axes(axes)
         axes.set_xticks(
             range(len(row)), row, rotation=30 if turned else 0, ha="right" if turned else "center", fontsize=NORMAL

@@ -77,7 +77,7 @@ def draw_tasks(overviews: Sequence[Overview]) -> Any:
             weight = "bold" if round(cell.mean, 1) == round(best[one.model], 1) else "normal"
             axes.annotate(
                 f"{cell.mean:.1f}",
-                (cell.mean, heights[id(line)]),
+                (max(cell.mean, 0.0), heights[id(line)]),
                 xytext=(2, 0),
                 textcoords="offset points",
                 va="center",
@@ -87,8 +87,9 @@ def draw_tasks(overviews: Sequence[Overview]) -> Any:
         axes.set_xlabel(label, fontsize=NORMAL)
         if task != "average":
             axes.set_title(task, fontsize=NORMAL)
-        axes.set_xlim(0, 118)
-        axes.set_xticks([0, 25, 50, 75, 100])
+        low = min([0.0, *(c.mean for _, line in bars if (c := _cell(line, task)))])  # a correlation can be negative
+        axes.set_xlim(1.1 * low, 118)
+        axes.set_xticks([tick for tick in (-100, -75, -50, -25, 0, 25, 50, 75, 100) if tick >= low])
         plain_axes(axes)
         axes.grid(False, axis="y")
         axes.grid(axis="x", color="#dddddd", linewidth=0.5)
