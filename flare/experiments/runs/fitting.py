@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..._compat import use_one_gpu
 from ...source.fsdp import is_sharded
 from ...source_cache import SourceStateCache
 from ...training.trainer import FlareTrainer
@@ -178,6 +179,7 @@ def training_arguments(
     """Return the TrainingArguments of a run.
 
     By default a checkpoint is saved each epoch. If `metric` is given, the trainer loads the best checkpoint at the end.
+    Each process uses one GPU, so that a step has the rows that `values` name.
 
     Args:
         values: result of :func:`training_values`.
@@ -219,6 +221,13 @@ def training_arguments(
         arguments = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"these training arguments cannot be used: {error}") from error
+    use_one_gpu(arguments)
+    by_steps = metric is not None and arguments.save_strategy == "steps"
+    if by_steps and arguments.save_steps != arguments.eval_steps:
+        raise UserError(
+            f"--save_steps {arguments.save_steps:g} and --eval_steps {arguments.eval_steps:g} must be equal, because the "
+            "best checkpoint can only be loaded if it was saved; give one of them, or --save_strategy best"
+        )
     if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
         raise UserError(f"--epochs must be greater than 0; got {arguments.num_train_epochs}")
     return arguments
