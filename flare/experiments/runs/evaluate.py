@@ -37,6 +37,7 @@ from .records import (
     diverged,
     find_runs,
     read_metrics,
+    read_record,
     result_line,
     write_metrics,
     write_record,
@@ -252,13 +253,14 @@ class _Evaluation:
         name = f"{record.target_language} {record.variant} seed {record.seed}" + (
             "" if as_in_training else f" ({text} source)"
         )
-        metrics = read_metrics(run.folder)
-        if setting in metrics.test and self.settings.resume:
+        # the two source texts may leave out different rows, so each score has its own digests
+        split = "test" if as_in_training else f"test-{text}"
+        if setting in read_metrics(run.folder).test and self.settings.resume:
             self.print_fn(f"{name}: already done, in {run.folder}")
             with contextlib.suppress(UserError):  # a finished run does not need its data
                 data, _ = self._prepared(record, base_of_run(record, self.settings.output))
                 pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
-                self._note_changed_rows(run.folder, name, digests_of_pairs("test", pairs, text))
+                self._note_changed_rows(run.folder, name, digests_of_pairs(split, pairs, text))
             return [run.folder]
         assert record.target_language is not None
         data, setup = self._prepared(record, base_of_run(record, self.settings.output))
@@ -270,8 +272,12 @@ class _Evaluation:
                 f"{setup.form.prompt!r}; train it again (flare train --no-resume)"
             )
         with locked(run.folder):
-            # read again, because another command may have added results before this one got the lock
+            # read again, because another command may have changed the run before this one got the lock
             metrics = read_metrics(run.folder)
+            date, record = record.date, on_main(lambda: read_record(run.folder))
+            if record.date != date or not record.done:
+                raise UserError(f"{run.folder}: the run was trained again meanwhile; run flare evaluate again")
+            assert record.target_language is not None
             pairs, messages = data.pairs(record.target_language, "test", source_text=text)
             self.notes(messages, record.target_language)
             set_seed(record.seed)  # weights missing from the base (a pooler) are initialised as in the training
@@ -282,7 +288,7 @@ class _Evaluation:
             record.data["notes"] = [
                 note for note in record.data.get("notes") or [] if not str(note).startswith(f"{name}: scored with ")
             ] + self.notes([f"scored with {differing}"] if differing else [], name)
-            digests = digests_of_pairs("test", pairs, text)
+            digests = digests_of_pairs(split, pairs, text)
             record.data["digest"] = {**(record.data.get("digest") or {}), **digests}
             if is_main():
                 write_record(run.folder, record)
