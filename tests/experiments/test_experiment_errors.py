@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,25 @@ def test_a_run_that_another_process_works_on_is_refused(train, runs):
     with locked(runs / "vemari" / "lora-r4" / "seed-0"):
         status, _, err = train("--method", "lora")
     assert status == 2 and "another process" in err
+
+
+@pytest.mark.parametrize(("status", "resume"), [("done", False), ("diverged", True)])
+def test_a_finished_run_is_moved_aside_and_its_folder_stays_locked(train, runs, status, resume):
+    """A finished run gets the status "diverged" if flare evaluate finds a weight that is not finite."""
+    from flare.experiments.runs.run_folder import locked, open_run
+
+    assert train("--method", "lora")[0] == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    record = read_record(folder)
+    record.status = status
+    write_record(folder, record)
+    before = {path.relative_to(folder): text for path, text in files(folder).items()}
+    with locked(folder):
+        assert open_run(folder, replace(record, status="running"), resume, print) == "new"
+        assert {path.name for path in folder.iterdir()} == {".lock", "run.json"}
+        moved = folder.parent / "earlier-1" / "seed-0"
+        assert {path.relative_to(moved): text for path, text in files(moved).items()} == before
+        assert "another process" in train("--method", "lora")[2]
 
 
 def test_a_lock_whose_holder_was_killed_is_free(tmp_path):

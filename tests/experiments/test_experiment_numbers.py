@@ -15,8 +15,9 @@ from flare.cli import main
 from flare.experiments.report import write_report
 from flare.experiments.report.collect import ReportError, collect
 from flare.experiments.report.conditions import warnings
+from flare.experiments.runs import predictor
 from flare.experiments.runs.chance import chance_notes
-from flare.experiments.runs.diverged import CheckLogits
+from flare.experiments.runs.diverged import CheckLogits, check_logits
 from flare.experiments.runs.evaluate import _Evaluation
 from flare.experiments.runs.records import STALE, read_metrics, read_record, write_metrics, write_record
 from flare.experiments.runs.run_settings import EvaluateSettings
@@ -138,6 +139,17 @@ def test_nan_weights_are_an_error_in_evaluate_and_get_no_score_in_the_report(pla
     log.write_text(log.read_text() + '{"step": 2, "loss": 0.0, "grad_norm": NaN}\n')
     with pytest.raises(ReportError, match="diverged, its gradient is not finite"):
         collect([runs])
+
+
+def test_logits_that_overflow_in_evaluate_leave_a_finished_run_unchanged(place, runs, capsys, monkeypatch):
+    """With finite weights, only the evaluation overflows, for instance in float16 on another GPU."""
+    assert train(place, runs, "--method", "lora") == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(predictor, "check_logits", lambda logits, ids: check_logits(logits * torch.inf, ids))
+    assert flare("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress") == 2
+    assert "logits are NaN or infinite although all weights are finite" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_generating_from_nan_logits_is_an_error():

@@ -19,12 +19,13 @@ from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.data_error import some_ids
 from ..tasks.digest import digests_of_pairs
 from ..utils.environment import environment, now
-from ..utils.errors import UserError
+from ..utils.errors import DivergedError, UserError
 from ..utils.names import folder_name
 from ..utils.processes import device, errors_reach_all, is_main, on_main, only_main
 from .base import Base, find_base, seeds_of
 from .callbacks import ignore_missing_source, quiet_libraries
 from .data_digests import note_changed_rows
+from .diverged import has_finite_weights
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, for_method, load
 from .predictor import PREDICTIONS, Predictor, read_predictions, write_predictions
@@ -283,7 +284,17 @@ class _Evaluation:
             set_seed(record.seed)  # weights missing from the base (a pooler) are initialised as in the training
             model, collate = load(record, setup, run.folder / ADAPTER)
             to_device(model, setup, device())
-            scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
+            try:
+                scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
+            except DivergedError as error:
+                if not has_finite_weights(model):
+                    raise
+                raise UserError(
+                    f"{name}: logits are NaN or infinite although all weights are finite, so values overflow in the "
+                    "precision of this device. No score is computed, and the run is unchanged. Score it on the kind of "
+                    'device that it was trained on, or on the CPU (CUDA_VISIBLE_DEVICES=""); if they overflow there '
+                    "too, train again with --no-resume and a smaller --lr"
+                ) from error
             differing = self._differences(record, data, setup)
             record.data["notes"] = [
                 note for note in record.data.get("notes") or [] if not str(note).startswith(f"{name}: scored with ")

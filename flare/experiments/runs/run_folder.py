@@ -1,7 +1,7 @@
 """Open the folder of one run: start or resume the run, skip a finished run, or refuse the folder.
 
 Results and checkpoints are never overwritten. A folder that holds another run or unrelated files is an error.
-Restarting a run first moves the folder of the earlier run into the folder earlier-N next to it.
+Restarting a run first moves the files of the earlier run into the folder earlier-N next to its folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from ..utils.errors import DivergedError, UserError
 from ..utils.processes import on_main
 from ..utils.result_folders import EARLIER
-from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write_record
+from .records import DIVERGED, LOG_FILE, METRICS_FILE, RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
@@ -70,10 +70,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         write_record(folder, record)
         return "new"
     if not resume:
-        earlier = move_aside(folder)
-        print_fn(f"{folder}: restarted; the earlier run is in {earlier}")
-        write_record(folder, record)
-        return "new"
+        return _restarted(folder, record, print_fn)
     saved = read_record(folder)
     differing = differences(saved, record)
     if differing and not saved.done and nothing_to_resume(folder):
@@ -90,6 +87,8 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         )
     if saved.done:
         return "done"
+    if saved.status == DIVERGED and (folder / METRICS_FILE).is_file():  # flare evaluate found it after the training
+        return _restarted(folder, record, print_fn)
     if saved.processes != record.processes and record.kind != "evaluate":
         print_fn(
             f"{folder}: the run was started with {saved.processes} processes and is resumed with {record.processes}. "
@@ -99,6 +98,13 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         saved.status = record.status
         write_record(folder, saved)
     return "unfinished"
+
+
+def _restarted(folder: Path, record: RunRecord, print_fn: Callable[[str], None]) -> str:
+    earlier = move_aside(folder)
+    print_fn(f"{folder}: restarted; the earlier run is in {earlier}")
+    write_record(folder, record)
+    return "new"
 
 
 def nothing_to_resume(folder: Path) -> bool:
@@ -125,13 +131,18 @@ def differences(saved: RunRecord, current: RunRecord) -> list[str]:
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a run's folder into the folder earlier-N next to it, and return the new path."""
+    """Move the files of a run into the folder earlier-N next to its folder, and return their new folder.
+
+    The run's folder stays, with its lock. run.json is moved last, so that an interrupted move can be repeated.
+    """
     number = 1
     while (folder.parent / f"{EARLIER}{number}" / folder.name).exists():
         number += 1
     target = folder.parent / f"{EARLIER}{number}" / folder.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
+    target.mkdir(parents=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE):
+        if path.name != LOCK_FILE:
+            path.rename(target / path.name)
     return target
 
 
