@@ -20,8 +20,9 @@ from experiment_data import write_bert, write_data
 
 from flare.cli import main
 from flare.experiments.demo.experiment import Experiment
-from flare.experiments.runs.fitting import training_arguments
+from flare.experiments.runs.fitting import ExperimentTrainer, training_arguments
 from flare.experiments.runs.records import find_runs, read_record, write_record
+from flare.experiments.runs.run_folder import locked, nothing_to_resume, open_run
 from flare.experiments.runs.run_settings import EvaluateSettings, FinetuneSettings, TrainSettings
 from flare.experiments.utils.errors import UserError
 from flare.experiments.utils.options import read_settings
@@ -110,6 +111,34 @@ def test_a_run_without_a_checkpoint_does_not_block_its_folder(train, runs, place
     assert status == 2 and "other settings" in err
 
 
+def test_files_of_a_logger_survive_the_training_and_do_not_count_as_checkpoints(train, runs, monkeypatch):
+    """With --report_to tensorboard, transformers writes its events next to the checkpoints."""
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    train_as_usual = ExperimentTrainer.train
+
+    def training(trainer, **options):
+        events = Path(trainer.args.output_dir) / "runs" / "events"
+        events.parent.mkdir(parents=True, exist_ok=True)
+        events.write_text("loss")
+        return train_as_usual(trainer, **options)
+
+    monkeypatch.setattr(ExperimentTrainer, "train", training)
+    assert train("--method", "lora")[0] == 0
+    assert [path.name for path in (folder / "checkpoints").rglob("*")] == ["runs", "events"]
+    # a run that was killed before its first checkpoint
+    record = read_record(folder)
+    record.status = "running"
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    shutil.rmtree(folder / "adapter")
+    write_record(folder, record)
+    assert nothing_to_resume(folder)
+    with pytest.raises(UserError, match="no rows"), locked(folder):
+        raise UserError("no rows")
+    assert not list(folder.iterdir())
+
+
 def test_foreign_files_are_not_touched(train, runs):
     folder = runs / "vemari" / "lora-r4" / "seed-0"
     folder.mkdir(parents=True)
@@ -127,8 +156,6 @@ def test_a_file_in_place_of_a_run_folder_is_refused(train, runs):
 
 
 def test_a_run_that_another_process_works_on_is_refused(train, runs):
-    from flare.experiments.runs.run_folder import locked
-
     with locked(runs / "vemari" / "lora-r4" / "seed-0"):
         status, _, err = train("--method", "lora")
     assert status == 2 and "another process" in err
@@ -137,8 +164,6 @@ def test_a_run_that_another_process_works_on_is_refused(train, runs):
 @pytest.mark.parametrize(("status", "resume"), [("done", False), ("diverged", True)])
 def test_a_finished_run_is_moved_aside_and_its_folder_stays_locked(train, runs, status, resume):
     """A finished run gets the status "diverged" if flare evaluate finds a weight that is not finite."""
-    from flare.experiments.runs.run_folder import locked, open_run
-
     assert train("--method", "lora")[0] == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
     record = read_record(folder)
@@ -154,8 +179,6 @@ def test_a_finished_run_is_moved_aside_and_its_folder_stays_locked(train, runs, 
 
 
 def test_a_lock_whose_holder_was_killed_is_free(tmp_path):
-    from flare.experiments.runs.run_folder import locked
-
     code = f"""
         import os, signal
         from pathlib import Path
@@ -220,6 +243,15 @@ def test_bases_that_are_missing_unfinished_or_of_another_task_are_refused(train,
     shutil.rmtree(runs / "base")
     status, _, err = train()
     assert status == 2 and "flare finetune" in err and "--base" in err
+
+
+def test_bases_with_different_orders_of_labels_are_refused(train, runs):
+    shutil.copytree(runs / "base" / "seed-0", runs / "base" / "seed-1")
+    record = read_record(runs / "base" / "seed-1")
+    record.seed, record.settings["labels"] = 1, record.settings["labels"][::-1]
+    write_record(runs / "base" / "seed-1", record)
+    status, _, err = train("--method", "lora", "--seeds", "0", "1")
+    assert status == 2 and "seed-1 was fine-tuned on the labels" in err and "separate commands (--seeds)" in err
 
 
 def test_an_adapter_is_refused_if_its_base_was_fine_tuned_again(train, runs):

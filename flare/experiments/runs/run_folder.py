@@ -6,9 +6,10 @@ Restarting a run first moves the files of the earlier run into the folder earlie
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,20 @@ def nothing_to_resume(folder: Path) -> bool:
     """Return whether an unfinished run left nothing to resume from, for instance after an error in its data."""
     allowed = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
     only_ours = all(path.name.startswith(allowed) for path in folder.iterdir())
-    return only_ours and not any((folder / CHECKPOINTS).glob("*"))
+    return only_ours and not any(_checkpoints(folder))
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a run. Other files next to them, such as TensorBoard's events, are kept."""
+    for path in _checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty, or missing
+        (folder / CHECKPOINTS).rmdir()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, also the damaged ones."""
+    return list((folder / CHECKPOINTS).glob("*checkpoint-*"))
 
 
 def differences(saved: RunRecord, current: RunRecord) -> list[str]:
@@ -146,7 +160,7 @@ def move_aside(folder: Path) -> Path:
     return target
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder; the main process takes the lock for all processes of the run.
 
@@ -156,12 +170,12 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another command works in the folder, or the folder cannot be written to. Every process of the run
             raises it.
     """
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(_locked_here(folder)))
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked_here(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     try:
@@ -186,7 +200,7 @@ def _locked_here(folder: Path) -> Iterator[None]:
 
 
 def _record_failure(folder: Path, error: UserError) -> None:
-    """Mark a diverged run in its run.json; after another error, delete the run.json of a run with nothing to resume.
+    """Mark a diverged run in its run.json; after another error, delete the files of a run with nothing to resume.
 
     If its run.json were kept, a run that failed to start (for instance because of its data) would look like a run in
     progress.
@@ -200,8 +214,7 @@ def _record_failure(folder: Path, error: UserError) -> None:
     elif not record.done and nothing_to_resume(folder):
         for name in (LOG_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)
-        if (folder / CHECKPOINTS).is_dir():
-            (folder / CHECKPOINTS).rmdir()
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _shown(value: Any) -> str:
