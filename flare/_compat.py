@@ -362,6 +362,11 @@ def loss_shifts_labels(trainer: Any) -> bool:
     return shifts
 
 
+def use_one_gpu(arguments: Any) -> None:
+    """Let a Trainer in one process use one GPU, instead of all visible GPUs through ``torch.nn.DataParallel``."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
 # --- activation checkpointing -----------------------------------------------------------------------------------------
 
 

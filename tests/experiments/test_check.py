@@ -10,6 +10,8 @@ from experiment_data import write_bert, write_data
 from small_tasks import write_csv
 
 from flare.cli import main
+from flare.experiments.check import run
+from flare.experiments.check.costs import score_base
 from flare.experiments.runs.records import read_metrics
 from flare.experiments.tasks.tables import read_table
 
@@ -64,6 +66,22 @@ def test_predicted_numbers_match_the_training(place, tmp_path, capsys):
     capsys.readouterr()
     assert flare("check", *words, "--json", tmp_path / "check.json") == 2
     assert "check.json already exists; name another file" in capsys.readouterr().err
+
+
+def test_options_of_a_training_do_not_change_the_measurement(place, tmp_path, monkeypatch):
+    """The score uses rows from the whole split, because the file may be sorted by label."""
+    words = (*COMMON, "--data", place / "data", "--output", place / "runs", "--target", "vemari", "--r", 4)
+    words = (*words, "--method", "lora", "--steps", 1, "--score-rows", 4, "--json", tmp_path / "check.json")
+    given = ("--eval_strategy", "steps", "--eval_steps", 2, "--report_to", "no-such-logger")
+    seen = []
+    monkeypatch.setattr(
+        run, "score_base", lambda setup, rows, *more: seen.append(rows) or score_base(setup, rows, *more)
+    )
+    assert flare("check", *words, *given) == 0
+    ids = [row["id"] for row in read_table(place / "data" / "english" / "valid.csv").rows]
+    assert [pair.target.id for pair in seen[0]] == [ids[index] for index in (0, 2, 5, 7)]
+    (cost,) = json.loads((tmp_path / "check.json").read_text())["costs"]
+    assert cost["error"] is None and cost["steps"] == 6
 
 
 def test_reported_lengths_and_vocabulary_match_the_tokenizer(place, tmp_path, capsys):

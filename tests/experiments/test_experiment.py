@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from experiment_data import write_bert, write_data
 from predicting import predicts_as_evaluated
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 from transformers import AutoModelForSequenceClassification
 
 from flare.cli import main
@@ -174,6 +176,20 @@ def test_all_rows_of_a_batch_have_a_source_or_none_has():
         assert len({has_source[row] for row in first[start : start + 4]}) == 1
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_step_of_several_processes_does_not_mix_rows_with_and_without_a_source(processes):
+    """accelerate fills the last step of an epoch with the epoch's first rows."""
+    has_source = [True] * 24 + [False] * 19
+    sampler = OneKindSampler(has_source, 2 * processes, seed=0)
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        batches = BatchSampler(sampler, 2, drop_last=False)
+        shards = [list(BatchSamplerShard(batches, processes, number)) for number in range(processes)]
+        assert {row for shard in shards for batch in shard for row in batch} == set(range(43))
+        for step in zip(*shards, strict=True):
+            assert len({has_source[row] for batch in step for row in batch}) == 1
 
 
 def test_peak_on_a_gpu_covers_only_training_steps(monkeypatch):

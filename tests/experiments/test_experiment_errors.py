@@ -5,11 +5,13 @@ An error gives a clear message and does not change the files of earlier runs.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,10 @@ import torch
 from experiment_data import write_bert, write_data
 
 from flare.cli import main
+from flare.experiments.demo.experiment import Experiment
+from flare.experiments.runs.fitting import ExperimentTrainer, training_arguments
 from flare.experiments.runs.records import find_runs, read_record, write_record
+from flare.experiments.runs.run_folder import locked, nothing_to_resume, open_run
 from flare.experiments.runs.run_settings import EvaluateSettings, FinetuneSettings, TrainSettings
 from flare.experiments.utils.errors import UserError
 from flare.experiments.utils.options import read_settings
@@ -106,6 +111,34 @@ def test_a_run_without_a_checkpoint_does_not_block_its_folder(train, runs, place
     assert status == 2 and "other settings" in err
 
 
+def test_files_of_a_logger_survive_the_training_and_do_not_count_as_checkpoints(train, runs, monkeypatch):
+    """With --report_to tensorboard, transformers writes its events next to the checkpoints."""
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    train_as_usual = ExperimentTrainer.train
+
+    def training(trainer, **options):
+        events = Path(trainer.args.output_dir) / "runs" / "events"
+        events.parent.mkdir(parents=True, exist_ok=True)
+        events.write_text("loss")
+        return train_as_usual(trainer, **options)
+
+    monkeypatch.setattr(ExperimentTrainer, "train", training)
+    assert train("--method", "lora")[0] == 0
+    assert [path.name for path in (folder / "checkpoints").rglob("*")] == ["runs", "events"]
+    # a run that was killed before its first checkpoint
+    record = read_record(folder)
+    record.status = "running"
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    shutil.rmtree(folder / "adapter")
+    write_record(folder, record)
+    assert nothing_to_resume(folder)
+    with pytest.raises(UserError, match="no rows"), locked(folder):
+        raise UserError("no rows")
+    assert not list(folder.iterdir())
+
+
 def test_foreign_files_are_not_touched(train, runs):
     folder = runs / "vemari" / "lora-r4" / "seed-0"
     folder.mkdir(parents=True)
@@ -123,16 +156,29 @@ def test_a_file_in_place_of_a_run_folder_is_refused(train, runs):
 
 
 def test_a_run_that_another_process_works_on_is_refused(train, runs):
-    from flare.experiments.runs.run_folder import locked
-
     with locked(runs / "vemari" / "lora-r4" / "seed-0"):
         status, _, err = train("--method", "lora")
     assert status == 2 and "another process" in err
 
 
-def test_a_lock_whose_holder_was_killed_is_free(tmp_path):
-    from flare.experiments.runs.run_folder import locked
+@pytest.mark.parametrize(("status", "resume"), [("done", False), ("diverged", True)])
+def test_a_finished_run_is_moved_aside_and_its_folder_stays_locked(train, runs, status, resume):
+    """A finished run gets the status "diverged" if flare evaluate finds a weight that is not finite."""
+    assert train("--method", "lora")[0] == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    record = read_record(folder)
+    record.status = status
+    write_record(folder, record)
+    before = {path.relative_to(folder): text for path, text in files(folder).items()}
+    with locked(folder):
+        assert open_run(folder, replace(record, status="running"), resume, print) == "new"
+        assert {path.name for path in folder.iterdir()} == {".lock", "run.json"}
+        moved = folder.parent / "earlier-1" / "seed-0"
+        assert {path.relative_to(moved): text for path, text in files(moved).items()} == before
+        assert "another process" in train("--method", "lora")[2]
 
+
+def test_a_lock_whose_holder_was_killed_is_free(tmp_path):
     code = f"""
         import os, signal
         from pathlib import Path
@@ -199,6 +245,15 @@ def test_bases_that_are_missing_unfinished_or_of_another_task_are_refused(train,
     assert status == 2 and "flare finetune" in err and "--base" in err
 
 
+def test_bases_with_different_orders_of_labels_are_refused(train, runs):
+    shutil.copytree(runs / "base" / "seed-0", runs / "base" / "seed-1")
+    record = read_record(runs / "base" / "seed-1")
+    record.seed, record.settings["labels"] = 1, record.settings["labels"][::-1]
+    write_record(runs / "base" / "seed-1", record)
+    status, _, err = train("--method", "lora", "--seeds", "0", "1")
+    assert status == 2 and "seed-1 was fine-tuned on the labels" in err and "separate commands (--seeds)" in err
+
+
 def test_an_adapter_is_refused_if_its_base_was_fine_tuned_again(train, runs):
     assert train("--method", "lora")[0] == 0
     record = read_record(runs / "base" / "seed-0")
@@ -254,6 +309,32 @@ def test_wrong_option_values_are_explained(train, runs, words, expected):
     for word in expected:
         assert word in err, err
     assert not [run for run in find_runs(runs) if run.record.done and run.record.kind == "train"]
+
+
+@pytest.mark.parametrize(
+    ("given", "accepted"),
+    [
+        ({"eval_steps": 1, "save_steps": 6}, False),
+        ({"eval_steps": 6}, True),
+        ({"save_steps": 6}, True),
+        ({"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1}, True),
+    ],
+    ids=str,
+)
+def test_every_evaluated_step_has_a_checkpoint(tmp_path, given, accepted):
+    refused = pytest.raises(UserError, match="--save_steps 6 and --eval_steps 1 must be equal")
+    with contextlib.nullcontext() if accepted else refused:
+        training_arguments(given, tmp_path, 0, "accuracy", given)
+
+
+@pytest.mark.parametrize("make", [training_arguments, Experiment._arguments], ids=["run", "demo"])
+def test_a_process_uses_one_of_several_gpus(tmp_path, monkeypatch, make):
+    """transformers would use torch.nn.DataParallel and multiply the rows of a step by the number of GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    values = {"per_device_train_batch_size": 8}
+    of_run = make is training_arguments
+    arguments = make(values, tmp_path, 0, None, {}) if of_run else make(None, str(tmp_path), 0, 1, 8, 1e-3)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 8
 
 
 def test_a_score_with_other_settings_is_noted(train, runs, capsys):

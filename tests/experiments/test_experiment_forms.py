@@ -160,6 +160,9 @@ def test_settings_that_need_a_gpu_are_turned_off_without_one(place, monkeypatch)
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, has=has_bf16: has)
         on_cpu, notes = adapt_to_machine(recipe, None, {"use_cpu": True})
         assert on_cpu == adapted and "--use_cpu is given" in notes[0]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert not any("GPUs" in note for note in notes)
+    assert "one of 2 GPUs is used" in adapt_to_machine(recipe, None, {})[1][0]
 
 
 def test_decoders_can_be_padded_to_the_full_length(place, tmp_path):

@@ -15,10 +15,13 @@ from flare.cli import main
 from flare.experiments.report import write_report
 from flare.experiments.report.collect import ReportError, collect
 from flare.experiments.report.conditions import warnings
+from flare.experiments.runs import predictor
 from flare.experiments.runs.chance import chance_notes
-from flare.experiments.runs.diverged import CheckLogits
-from flare.experiments.runs.records import read_metrics, read_record, write_metrics, write_record
-from flare.experiments.utils.errors import DivergedError
+from flare.experiments.runs.diverged import CheckLogits, check_logits
+from flare.experiments.runs.evaluate import _Evaluation
+from flare.experiments.runs.records import STALE, read_metrics, read_record, write_metrics, write_record
+from flare.experiments.runs.run_settings import EvaluateSettings
+from flare.experiments.utils.errors import DivergedError, UserError
 
 QUICK = ("--batch-size", 8, "--lr", 1e-2, "--no-progress", "--epochs", 1, "--r", 4)
 LENGTH = ("--max-length", 28)
@@ -138,6 +141,17 @@ def test_nan_weights_are_an_error_in_evaluate_and_get_no_score_in_the_report(pla
         collect([runs])
 
 
+def test_logits_that_overflow_in_evaluate_leave_a_finished_run_unchanged(place, runs, capsys, monkeypatch):
+    """With finite weights, only the evaluation overflows, for instance in float16 on another GPU."""
+    assert train(place, runs, "--method", "lora") == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(predictor, "check_logits", lambda logits, ids: check_logits(logits * torch.inf, ids))
+    assert flare("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress") == 2
+    assert "logits are NaN or infinite although all weights are finite" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_generating_from_nan_logits_is_an_error():
     scores = torch.tensor([[0.0, -torch.inf], [1.0, torch.nan]])
     with pytest.raises(DivergedError, match=r"logits of 1 rows are NaN or infinite \(id b\)"):
@@ -216,6 +230,45 @@ def test_changed_rows_prevent_resuming_and_are_noted_at_existing_scores(place, r
         "the train rows have changed since this run began, so it cannot be resumed" in error and "--no-resume" in error
     )
     assert train(place, runs, *words, "--no-resume") == 0
+
+
+@pytest.mark.parametrize("first", ["gold", "mt"])
+def test_scores_with_two_source_texts_have_their_own_digests(place, runs, data, tmp_path, first):
+    """The translated source lacks the last row, and the target texts change between the two scores."""
+    assert train(place, runs, "--data", data, "--method", "flare") == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+    shutil.copytree(data / "english", tmp_path / "mt" / "vemari-english")
+    translated = tmp_path / "mt" / "vemari-english" / "test.csv"
+    translated.write_text("\n".join(translated.read_text().splitlines()[:-1]) + "\n")
+    words = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-progress")
+    words += ("--translations", tmp_path / "mt", "--source-text")
+
+    def stale(*texts: str) -> list[str]:
+        assert flare(*words, *texts) == 0
+        return [note.partition(" of other data: ")[2] for note in read_record(folder).data["notes"] if STALE in note]
+
+    assert stale("mt") == stale("gold", "mt") == []
+    metrics = read_metrics(folder)
+    del metrics.test["translate-train/mt"]
+    write_metrics(folder, metrics)
+    change(data / "vemari" / "test.csv")
+    second = "mt" if first == "gold" else "gold"
+    assert stale(first, second) == ["the test rows have changed since"]
+    change(data / "vemari" / "test.csv")
+    assert set(stale("gold", "mt")) == {f"the {split} rows have changed since" for split in ("test", "test-mt")}
+
+
+def test_a_run_that_was_trained_again_is_not_scored_with_its_old_settings(place, runs):
+    assert train(place, runs, "--method", "lora") == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    settings = EvaluateSettings(output=runs, setting=("translate-train",), resume=False, progress=False)
+    evaluation = _Evaluation(settings, print)  # reads the record
+    newer = read_record(folder)
+    newer.date, newer.training_arguments["learning_rate"] = "2100-01-01T00:00:00+00:00", 0.5
+    write_record(folder, newer)
+    with pytest.raises(UserError, match=f"{folder}: the run was trained again meanwhile; run flare evaluate again"):
+        evaluation.run()
+    assert read_record(folder) == newer
 
 
 # --- base and adapters on equal rows ----------------------------------------------------------------------------------

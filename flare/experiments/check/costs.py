@@ -135,8 +135,8 @@ def _measure(
     folder: Path,
 ) -> None:
     values = training_values(setup.recipe.training, settings.training)
-    few_steps = {"max_steps": settings.steps + 1, "save_strategy": "no"}
-    arguments = training_arguments({**values, **few_steps}, folder, plan.seed, None, {})
+    values |= {"save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
+    arguments = training_arguments({**values, "max_steps": settings.steps + 1}, folder, plan.seed, None, {})
     full_arguments = training_arguments(values, folder, plan.seed, None, {})
     accumulation = arguments.gradient_accumulation_steps
     size = arguments.train_batch_size * accumulation * process_count()

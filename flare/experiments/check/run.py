@@ -151,7 +151,8 @@ def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tup
         return None, ["", f"No score of the base: {base.model} is not fine-tuned, so its head has random weights."]
     split = "valid" if data.has(data.source, "valid") else "test"
     pairs, _ = data.pairs(data.source, split)
-    pairs = pairs[: settings.score_rows]
+    rows = min(settings.score_rows, len(pairs))
+    pairs = [pairs[index * len(pairs) // rows] for index in range(rows)]  # the file may be sorted by label
     training = {**setup.recipe.training, **settings.training}
     batch = settings.eval_batch_size or 2 * int(training.get("per_device_train_batch_size", 32))
     name = f"base on {data.source}" if settings.progress else None

@@ -26,6 +26,7 @@ from transformers import (
     set_seed,
 )
 
+from ..._compat import use_one_gpu
 from ...baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
 from ...training.collator import FlareDataCollator
 from ...training.trainer import FlareTrainer
@@ -139,6 +140,8 @@ class Experiment:
 
     def rows(self) -> Iterable[dict[str, Any]]:
         """Run every method with every seed, and yield the rows of results.json."""
+        if torch.cuda.device_count() > 1:
+            self.print_fn(f"One of {torch.cuda.device_count()} GPUs is used (CUDA_VISIBLE_DEVICES selects it)")
         sources = ["gold", *(["noisy"] if self.settings.noise else [])]
         for seed in range(self.settings.seeds):
             base = self.finetuned_base(seed)
@@ -275,7 +278,7 @@ class Experiment:
         return encoded
 
     def _arguments(self, scratch: str, seed: int, epochs: Any, batch_size: Any, lr: Any) -> TrainingArguments:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=scratch,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
@@ -291,6 +294,8 @@ class Experiment:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
+        use_one_gpu(arguments)
+        return arguments
 
     def _bar(self, name: str) -> TrainerCallback:
         return Bar(name, enabled=self.settings.progress)

@@ -13,6 +13,7 @@ from ..tasks import TASKS as REGISTRY
 from ..utils.errors import UserError, library_errors
 from ..utils.extra import installed
 from ..utils.model_names import find_model
+from ..utils.processes import process_count
 
 #: Kinds of model that `flare.experiments.tasks.make_form` accepts.
 FAMILIES = ("encoder", "causal", "seq2seq")
@@ -99,6 +100,11 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     notes: list[str] = []
     use_cpu = bool(given.get("use_cpu"))
     cuda = torch.cuda.is_available() and not use_cpu
+    if cuda and process_count() == 1 and torch.cuda.device_count() > 1:
+        notes.append(
+            f"one of {torch.cuda.device_count()} GPUs is used (CUDA_VISIBLE_DEVICES selects it); to use several, start "
+            "the command with accelerate launch"
+        )
     bitsandbytes = installed("bitsandbytes")
     training = dict(recipe.training)
     half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -61,6 +61,11 @@ def check_weights(model: nn.Module, where: str) -> None:
         raise DivergedError(f"{where}: {len(wrong)} trained weights are NaN or infinite ({shown}); {_ADVICE}")
 
 
+def has_finite_weights(model: nn.Module) -> bool:
+    """Return whether all weights of a model are finite."""
+    return all(map(_finite, model.parameters()))
+
+
 def check_logits(logits: Tensor, ids: Sequence[str]) -> None:
     """Raise DivergedError if the logits of a row are NaN or infinite.
 

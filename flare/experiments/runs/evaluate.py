@@ -19,12 +19,13 @@ from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.data_error import some_ids
 from ..tasks.digest import digests_of_pairs
 from ..utils.environment import environment, now
-from ..utils.errors import UserError
+from ..utils.errors import DivergedError, UserError
 from ..utils.names import folder_name
 from ..utils.processes import device, errors_reach_all, is_main, on_main, only_main
 from .base import Base, find_base, seeds_of
 from .callbacks import ignore_missing_source, quiet_libraries
 from .data_digests import note_changed_rows
+from .diverged import has_finite_weights
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, for_method, load
 from .predictor import PREDICTIONS, Predictor, read_predictions, write_predictions
@@ -37,6 +38,7 @@ from .records import (
     diverged,
     find_runs,
     read_metrics,
+    read_record,
     result_line,
     write_metrics,
     write_record,
@@ -252,13 +254,14 @@ class _Evaluation:
         name = f"{record.target_language} {record.variant} seed {record.seed}" + (
             "" if as_in_training else f" ({text} source)"
         )
-        metrics = read_metrics(run.folder)
-        if setting in metrics.test and self.settings.resume:
+        # the two source texts may leave out different rows, so each score has its own digests
+        split = "test" if as_in_training else f"test-{text}"
+        if setting in read_metrics(run.folder).test and self.settings.resume:
             self.print_fn(f"{name}: already done, in {run.folder}")
             with contextlib.suppress(UserError):  # a finished run does not need its data
                 data, _ = self._prepared(record, base_of_run(record, self.settings.output))
                 pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
-                self._note_changed_rows(run.folder, name, digests_of_pairs("test", pairs, text))
+                self._note_changed_rows(run.folder, name, digests_of_pairs(split, pairs, text))
             return [run.folder]
         assert record.target_language is not None
         data, setup = self._prepared(record, base_of_run(record, self.settings.output))
@@ -270,19 +273,33 @@ class _Evaluation:
                 f"{setup.form.prompt!r}; train it again (flare train --no-resume)"
             )
         with locked(run.folder):
-            # read again, because another command may have added results before this one got the lock
+            # read again, because another command may have changed the run before this one got the lock
             metrics = read_metrics(run.folder)
+            date, record = record.date, on_main(lambda: read_record(run.folder))
+            if record.date != date or not record.done:
+                raise UserError(f"{run.folder}: the run was trained again meanwhile; run flare evaluate again")
+            assert record.target_language is not None
             pairs, messages = data.pairs(record.target_language, "test", source_text=text)
             self.notes(messages, record.target_language)
             set_seed(record.seed)  # weights missing from the base (a pooler) are initialised as in the training
             model, collate = load(record, setup, run.folder / ADAPTER)
             to_device(model, setup, device())
-            scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
+            try:
+                scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
+            except DivergedError as error:
+                if not has_finite_weights(model):
+                    raise
+                raise UserError(
+                    f"{name}: logits are NaN or infinite although all weights are finite, so values overflow in the "
+                    "precision of this device. No score is computed, and the run is unchanged. Score it on the kind of "
+                    'device that it was trained on, or on the CPU (CUDA_VISIBLE_DEVICES=""); if they overflow there '
+                    "too, train again with --no-resume and a smaller --lr"
+                ) from error
             differing = self._differences(record, data, setup)
             record.data["notes"] = [
                 note for note in record.data.get("notes") or [] if not str(note).startswith(f"{name}: scored with ")
             ] + self.notes([f"scored with {differing}"] if differing else [], name)
-            digests = digests_of_pairs("test", pairs, text)
+            digests = digests_of_pairs(split, pairs, text)
             record.data["digest"] = {**(record.data.get("digest") or {}), **digests}
             if is_main():
                 write_record(run.folder, record)

@@ -29,7 +29,7 @@ from .methods import collator
 from .predictor import PREDICTIONS, Predictor, write_predictions
 from .recorded_settings import adapter_fields, common_settings, location
 from .records import RunRecord, result_line, write_metrics, write_record
-from .run_folder import CHECKPOINTS, locked, open_run
+from .run_folder import delete_checkpoints, locked, open_run
 from .run_settings import BASE, FinetuneSettings
 from .setup import Data, Notes, Setup, place_of, prepare, task_of
 
@@ -159,7 +159,7 @@ def _one(
             write_record(folder, record)
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)
             if not settings.keep_checkpoints:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+                delete_checkpoints(folder)
             notes(chance_notes(folder))
             print_fn(f"{name}: {result_line(metrics.test.get('source-language') or metrics.valid, metrics)}")
         wait()

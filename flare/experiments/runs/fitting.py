@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..._compat import use_one_gpu
 from ...source.fsdp import is_sharded
 from ...source_cache import SourceStateCache
 from ...training.trainer import FlareTrainer
@@ -83,6 +84,8 @@ class ExperimentTrainer(FlareTrainer):
 class OneKindSampler(torch.utils.data.Sampler[int]):
     """Sampler in random order whose batches have either only rows with a source or only rows without one.
 
+    If the last batch is not full, its rows have no source, and neither has the first batch.
+
     Args:
         has_source: whether each row has a source; the number of True must be a multiple of `batch_size`.
         batch_size: rows per batch, summed over all processes.
@@ -110,8 +113,13 @@ class OneKindSampler(torch.utils.data.Sampler[int]):
             end = len(rows) - len(rows) % size
             full_batches += [rows[first : first + size] for first in range(0, end, size)]
             rest += rows[end:]
-        for batch in torch.randperm(len(full_batches), generator=generator).tolist():
-            yield from full_batches[batch]
+        batches = [full_batches[index] for index in torch.randperm(len(full_batches), generator=generator).tolist()]
+        # with several processes, accelerate fills the last batch with the first rows of the epoch
+        first = next((index for index, batch in enumerate(batches) if not self.has_source[batch[0]]), None)
+        if rest and first is not None:
+            batches.insert(0, batches.pop(first))
+        for batch in batches:
+            yield from batch
         yield from rest
 
 
@@ -178,6 +186,7 @@ def training_arguments(
     """Return the TrainingArguments of a run.
 
     By default a checkpoint is saved each epoch. If `metric` is given, the trainer loads the best checkpoint at the end.
+    Each process uses one GPU, so that a step has the rows that `values` name.
 
     Args:
         values: result of :func:`training_values`.
@@ -219,6 +228,13 @@ def training_arguments(
         arguments = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"these training arguments cannot be used: {error}") from error
+    use_one_gpu(arguments)
+    by_steps = metric is not None and arguments.save_strategy == "steps"
+    if by_steps and arguments.save_steps != arguments.eval_steps:
+        raise UserError(
+            f"--save_steps {arguments.save_steps:g} and --eval_steps {arguments.eval_steps:g} must be equal, because "
+            "the best checkpoint can only be loaded if it was saved; give one of them, or --save_strategy best"
+        )
     if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
         raise UserError(f"--epochs must be greater than 0; got {arguments.num_train_epochs}")
     return arguments

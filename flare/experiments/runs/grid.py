@@ -88,9 +88,11 @@ def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, .
     """Return the labels that the bases were fine-tuned on, or None if no run.json records labels.
 
     Raises:
-        UserError: a base was fine-tuned on another task, source language or list of labels than the settings name.
+        UserError: a base was fine-tuned on another task, source language or list of labels than the settings or another
+            base.
     """
-    labels = None
+    labels: tuple[str, ...] | None = None
+    first = ""
     for base in bases.values():
         record = base.record
         if record is None:
@@ -104,12 +106,21 @@ def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, .
                     f"the base {base.model} was fine-tuned with --{name} {trained}; --{name} {given} needs its own "
                     "base (flare finetune with another --output)"
                 )
-        labels = tuple(record.settings.get("labels") or ()) or None
-        if settings.labels is not None and labels is not None and settings.labels != labels:
+        trained_labels = tuple(record.settings.get("labels") or ()) or None
+        if trained_labels is None:
+            continue
+        if settings.labels is not None and settings.labels != trained_labels:
             raise UserError(
                 f"--labels: the base {base.model} was fine-tuned on the labels "
-                f"{', '.join(labels)}, in this order; remove --labels"
+                f"{', '.join(trained_labels)}, in this order; remove --labels"
             )
+        if labels is not None and labels != trained_labels:
+            raise UserError(
+                f"the base {base.model} was fine-tuned on the labels {', '.join(trained_labels)}, and the base {first} "
+                f"on {', '.join(labels)}; train their seeds in separate commands (--seeds), or fine-tune one of the "
+                "bases again with the --labels of the other"
+            )
+        labels, first = trained_labels, base.model
     return labels
 
 

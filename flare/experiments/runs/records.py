@@ -61,7 +61,8 @@ class RunRecord:
     date: start of the run, ISO 8601.
     data: facts about the data. "train", "valid" and "test" hold the number of rows of each split, "notes" the notes
         printed for the user, and "translation" the provenance of machine-translated text or None. "digest" maps a
-        split to the SHA-256 of its target rows, and "<split>/gold" or "<split>/mt" to the SHA-256 of its source rows.
+        split to the SHA-256 of its target rows, and "<split>/gold" or "<split>/mt" to the SHA-256 of its source rows;
+        "test-gold" or "test-mt" are the test rows of the score with the other source text than in training.
         A run of method "flare" also has "source_cache": {"mode", "on", "rows", "bytes_needed", "bytes_free",
         "budget", "reason"} (`flare.experiments.runs.caching`).
     """

@@ -1,14 +1,15 @@
 """Open the folder of one run: start or resume the run, skip a finished run, or refuse the folder.
 
 Results and checkpoints are never overwritten. A folder that holds another run or unrelated files is an error.
-Restarting a run first moves the folder of the earlier run into the folder earlier-N next to it.
+Restarting a run first moves the files of the earlier run into the folder earlier-N next to its folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 from ..utils.errors import DivergedError, UserError
 from ..utils.processes import on_main
 from ..utils.result_folders import EARLIER
-from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write_record
+from .records import DIVERGED, LOG_FILE, METRICS_FILE, RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
@@ -70,10 +71,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         write_record(folder, record)
         return "new"
     if not resume:
-        earlier = move_aside(folder)
-        print_fn(f"{folder}: restarted; the earlier run is in {earlier}")
-        write_record(folder, record)
-        return "new"
+        return _restarted(folder, record, print_fn)
     saved = read_record(folder)
     differing = differences(saved, record)
     if differing and not saved.done and nothing_to_resume(folder):
@@ -90,6 +88,8 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         )
     if saved.done:
         return "done"
+    if saved.status == DIVERGED and (folder / METRICS_FILE).is_file():  # flare evaluate found it after the training
+        return _restarted(folder, record, print_fn)
     if saved.processes != record.processes and record.kind != "evaluate":
         print_fn(
             f"{folder}: the run was started with {saved.processes} processes and is resumed with {record.processes}. "
@@ -101,11 +101,31 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
     return "unfinished"
 
 
+def _restarted(folder: Path, record: RunRecord, print_fn: Callable[[str], None]) -> str:
+    earlier = move_aside(folder)
+    print_fn(f"{folder}: restarted; the earlier run is in {earlier}")
+    write_record(folder, record)
+    return "new"
+
+
 def nothing_to_resume(folder: Path) -> bool:
     """Return whether an unfinished run left nothing to resume from, for instance after an error in its data."""
     allowed = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
     only_ours = all(path.name.startswith(allowed) for path in folder.iterdir())
-    return only_ours and not any((folder / CHECKPOINTS).glob("*"))
+    return only_ours and not any(_checkpoints(folder))
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a run. Other files next to them, such as TensorBoard's events, are kept."""
+    for path in _checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty, or missing
+        (folder / CHECKPOINTS).rmdir()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, also the damaged ones."""
+    return list((folder / CHECKPOINTS).glob("*checkpoint-*"))
 
 
 def differences(saved: RunRecord, current: RunRecord) -> list[str]:
@@ -125,17 +145,22 @@ def differences(saved: RunRecord, current: RunRecord) -> list[str]:
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a run's folder into the folder earlier-N next to it, and return the new path."""
+    """Move the files of a run into the folder earlier-N next to its folder, and return their new folder.
+
+    The run's folder stays, with its lock. run.json is moved last, so that an interrupted move can be repeated.
+    """
     number = 1
     while (folder.parent / f"{EARLIER}{number}" / folder.name).exists():
         number += 1
     target = folder.parent / f"{EARLIER}{number}" / folder.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
+    target.mkdir(parents=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE):
+        if path.name != LOCK_FILE:
+            path.rename(target / path.name)
     return target
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder; the main process takes the lock for all processes of the run.
 
@@ -145,12 +170,12 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another command works in the folder, or the folder cannot be written to. Every process of the run
             raises it.
     """
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(_locked_here(folder)))
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked_here(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     try:
@@ -175,7 +200,7 @@ def _locked_here(folder: Path) -> Iterator[None]:
 
 
 def _record_failure(folder: Path, error: UserError) -> None:
-    """Mark a diverged run in its run.json; after another error, delete the run.json of a run with nothing to resume.
+    """Mark a diverged run in its run.json; after another error, delete the files of a run with nothing to resume.
 
     If its run.json were kept, a run that failed to start (for instance because of its data) would look like a run in
     progress.
@@ -189,8 +214,7 @@ def _record_failure(folder: Path, error: UserError) -> None:
     elif not record.done and nothing_to_resume(folder):
         for name in (LOG_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)
-        if (folder / CHECKPOINTS).is_dir():
-            (folder / CHECKPOINTS).rmdir()
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _shown(value: Any) -> str:

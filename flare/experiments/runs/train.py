@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ from .predictor import PREDICTIONS, Predictor, write_predictions
 from .provenance import read_provenance
 from .recorded_settings import adapter_fields, common_settings, location
 from .records import RunRecord, result_line, write_metrics, write_record
-from .run_folder import CHECKPOINTS, locked, open_run
+from .run_folder import delete_checkpoints, locked, open_run
 from .run_settings import TrainSettings
 from .setup import Data, Notes, Setup, prepare
 from .trained_adapter import ADAPTER
@@ -275,7 +274,7 @@ class _Run:
             record.status = "done"
             write_record(self.folder, record)
             if not settings.keep_checkpoints:
-                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+                delete_checkpoints(self.folder)
             scores = done.metrics.test.get("translate-train") or done.metrics.valid
             self.print_fn(f"{plan.name}: {result_line(scores, done.metrics)}")
 
@@ -352,11 +351,6 @@ class _Run:
         """
         size = per_process_batch(self.values, process_count())[0] * process_count()
         chosen = size * round(len(train) / 2 / size)
-        if not 0 < chosen < len(train):
-            raise UserError(
-                f"--train-only-fusion: {len(train)} rows are too few for two batches of {size}, one with and one "
-                "without a source; use a smaller --batch-size"
-            )
         order = list(range(len(train)))
         random.Random(self.plan.seed).shuffle(order)
         fused = set(order[:chosen])
@@ -368,6 +362,12 @@ class _Run:
                 part = part[: len(part) - len(part) % size]
             rows += part
             has_source += [kind] * len(part)
+        # several processes need a full batch of each kind (see OneKindSampler)
+        if not any(has_source) or has_source.count(False) < (size if process_count() > 1 else 1):
+            raise UserError(
+                f"--train-only-fusion: {len(train)} rows are too few for two batches of {size}, one with and one "
+                "without a source; use a smaller --batch-size"
+            )
         record.data["notes"] += self.notes(
             [f"{sum(has_source)} of {len(rows)} training rows have a source"], self.plan.target
         )
