@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
+from site_models import assert_same, step
 
 import flare
 
@@ -99,6 +100,26 @@ def test_adapters_of_different_fusions_can_be_switched(tmp_path) -> None:
     model.set_adapter("plain")
     torch.testing.assert_close(model(**text(inputs)).logits, expected["plain"], rtol=0, atol=0)
     assert len({tuple(logits.flatten()[:8].tolist()) for logits in expected.values()}) == len(configs)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "aLoRA"])
+def test_a_lora_variant_next_to_a_fusing_adapter_matches_peft(kind) -> None:
+    inputs = tiny.batch("llama", source=False)
+    fields = {"use_dora": True} if kind == "DoRA" else {"alora_invocation_tokens": inputs["input_ids"][0, 3:5].tolist()}
+    twin = english("llama", **fields)
+    model = flare.fast_lora(tiny.model("llama"), r=5, adapter_name="fusing")
+    config = flare.FlareConfig(
+        fusion=None, r=4, lora_alpha=8, target_modules=QV["llama"], task_type=TASK["llama"], **fields
+    )
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(twin))
+    expected = step(twin, inputs)
+    assert kind != "DoRA" or any("lora_magnitude_vector" in name for name in expected)
+    assert_same(step(model, inputs), expected, rtol=1e-5, atol=1e-6)
+    if kind == "DoRA":
+        model.merge_adapter()
+        torch.testing.assert_close(model(**inputs).loss, expected["loss"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("r", [8, 64, 128])
