@@ -105,8 +105,9 @@ def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[Stat
 
 _LOCK = threading.Lock()
 _SWITCHES = "_flare_switches"
-#: Modules whose forward does not depend on ``training``.
-_SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Identity)
+#: Modules whose forward does not depend on ``training``. nn.Embedding is not one of them, because NEFTune adds noise to
+#: its output in a hook that reads ``training``.
+_SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.ModuleList, nn.ModuleDict, nn.Identity)
 
 
 class ModuleSwitches:
