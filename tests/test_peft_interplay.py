@@ -97,6 +97,16 @@ def test_adapters_of_different_fusions_can_be_switched(tmp_path) -> None:
     for name in ("cross", "plain", "add", "mul", "cross", "add"):
         model.set_adapter(name)
         torch.testing.assert_close(model(**inputs).logits, expected[name], rtol=1e-6, atol=1e-6)
+    active = ["mul"]
+    model.base_model.set_adapter(active)
+    model(**inputs)
+    active.append("plain")  # PEFT keeps this list
+    model.base_model.set_adapter(active)
+    both = model(**inputs).logits
+    assert not torch.allclose(both, expected["mul"], atol=1e-3)
+    model.base_model.set_adapter(["add"])
+    model.base_model.set_adapter(["mul", "plain"])
+    torch.testing.assert_close(model(**inputs).logits, both, rtol=0, atol=0)
     model.set_adapter("plain")
     torch.testing.assert_close(model(**text(inputs)).logits, expected["plain"], rtol=0, atol=0)
     assert len({tuple(logits.flatten()[:8].tolist()) for logits in expected.values()}) == len(configs)

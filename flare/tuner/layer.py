@@ -29,7 +29,8 @@ from .cross_attention import CrossAttention, masked_cross_attention
 from .fused_qkv import RowsOfQKV
 
 #: State of an adapter layer that PEFT changes without a notification. A cached result that depends on this state is
-#: valid only if the state is unchanged, which every call checks.
+#: valid only if the state is unchanged, which every call checks. A cache stores a copy, because PEFT keeps the list of
+#: active adapters that its caller passed and may change.
 SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
 MERGED = attrgetter("merged_adapters")
 #: Key of a projection's site (flare.tuner.site) in its ``__dict__``.

@@ -108,7 +108,7 @@ class _Plan(_JointProjections):
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
         super().__init__(layers, watched, members)
         self.registrations = registrations.count
-        self.switches = [*map(SWITCHES, layers)]
+        self.switches = copy.deepcopy([*map(SWITCHES, layers)])
         self.merged = [*map(len, map(MERGED, layers))]
         self.dicts = [module.__dict__ for module in watched]
         self.sizes = [*map(len, self.dicts)]
