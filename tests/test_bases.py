@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import peft
@@ -17,6 +18,11 @@ import torch
 import transformers
 from base_models import BASES, HEADS, HIDDEN, LAYERS, LORA, VOCAB, Base, M, thirds
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import flare
 
@@ -274,6 +280,30 @@ def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
     assert type(block).__name__ == "CarryingDebertaV2Layer"
     model.delete_adapter("default")
     assert type(block).__name__ == "DebertaV2Layer"
+
+
+def test_reentrant_checkpoint_around_a_block_that_carries_the_source_is_refused() -> None:
+    """transformers' checkpointing, which runs inside the block, gives the same gradients in both modes."""
+    base = BASES["bloom"]
+    model = flare.fast_lora(base.make(), **LORA)
+    randomize(model)
+    model.config.use_cache = False
+    inputs, expected = base.batch(), None
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        expected = expected or gradients(model)
+        torch.testing.assert_close(gradients(model), expected)
+    model.gradient_checkpointing_disable()
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: type(module).__name__ == "CarryingBloomBlock"
+    )
+    with pytest.raises(ValueError, match=r"BloomBlock.*Use model\.gradient_checkpointing_enable\(\)"):
+        model(**inputs)
+    model(**{name: value for name, value in inputs.items() if not name.startswith("source_")}).loss.backward()
 
 
 def test_relative_positions_as_long_as_the_text_do_not_fuse() -> None:
