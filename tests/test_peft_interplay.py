@@ -51,6 +51,23 @@ def test_a_fusing_adapter_trains_on_a_merged_english_adapter(family, tmp_path) -
     torch.testing.assert_close(again(**inputs).logits, out.logits)
 
 
+@pytest.mark.parametrize("target", ["up_proj", "v_proj", "embed_tokens"])
+def test_an_adapter_merged_next_to_a_fusing_adapter_stays_merged(target) -> None:
+    """The source pass uses the merged weights. In a merged layer the fusing adapter is off, as in PEFT."""
+    inputs = tiny.batch("llama")
+    model = flare.fast_lora(tiny.model("llama"), r=5).eval()
+    model.add_adapter("english", flare.FlareConfig(fusion=None, r=4, target_modules=[target], task_type="CAUSAL_LM"))
+    tiny.randomize_lora(model)
+    model.merge_adapter(["english"])
+    weights = {key.replace(f"{target}.base_layer", target): value for key, value in model.state_dict().items()}
+    unmerged = [name for name in QV["llama"] if name != target]
+    twin = flare.fast_lora(tiny.model("llama"), r=5, target_modules=unmerged).eval()
+    assert not twin.load_state_dict(weights, strict=False).missing_keys
+    expected = twin(**inputs).logits
+    for _ in range(2):
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
 @pytest.mark.parametrize("family", QV)
 def test_a_plain_lora_checkpoint_becomes_a_fusing_adapter(family, tmp_path) -> None:
     """A, B, rank, targets and head are kept. The saved adapter loads as a FLARE adapter."""

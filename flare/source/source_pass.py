@@ -185,7 +185,9 @@ class ModuleSwitches:
                     self._switch_on()
 
     def _switch_off(self, dropout: bool) -> None:
-        self._disabled = [(module, set_adapters_disabled(module, True)) for module in self.tuners]
+        # a disabled layer of PEFT would unmerge its merged adapters
+        tuners = [module for module in self.tuners if not getattr(module, "merged", False)]
+        self._disabled = [(module, set_adapters_disabled(module, True)) for module in tuners]
         self._in_training = [] if dropout else [state for state in self.states if state["training"]]
         for state in self._in_training:
             state["training"] = False

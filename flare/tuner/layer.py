@@ -85,7 +85,6 @@ class FlareLayer:
         in_features: int
         r: dict[str, int]
 
-        def unmerge(self) -> None: ...
         def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None: ...
 
         def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
@@ -93,16 +92,14 @@ class FlareLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the frozen layer's output plus the output of each active adapter, (..., m, n), for x (..., m, d).
 
-        During a source pass, unmerge merged adapters and return the frozen layer's output only. PEFT's forward runs if
-        adapters are disabled or merged, or if ``adapter_names`` assigns adapters to rows.
+        During a source pass, return the frozen layer's output only, with merged weights if adapters are merged. PEFT's
+        forward runs if adapters are disabled or merged, or if ``adapter_names`` assigns adapters to rows.
 
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
         """
         slot = THREAD.slot
         if slot.frozen_pass is not None:
-            if self.merged_adapters:
-                self.unmerge()  # as PEFT does if adapters are disabled
             base: Any = self._modules["base_layer"]
             attributes = base.__dict__
             if base.__class__ is nn.Linear and not (
