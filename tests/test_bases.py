@@ -244,14 +244,15 @@ def test_encoder_decoder_matches_the_formula(family: str) -> None:
         check(model, inputs, expected.logits.detach(), gradients(stock))
 
 
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-def test_training_steps_run_if_layerdrop_skips_blocks(memory: str) -> None:
+@pytest.mark.parametrize(("memory", "dropout"), [("keep", False), ("recompute", False), ("keep", True)])
+def test_training_steps_run_if_layerdrop_skips_blocks(memory: str, dropout: bool) -> None:
     """M2M100's LayerDrop skips random blocks in the target pass. The source pass runs every block."""
     name, config, changes, _, _ = ENCODER_DECODERS["m2m_100 (NLLB)"]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
     torch.manual_seed(3)
     settings = getattr(transformers, config)(**size, **{**changes, "encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3})
-    model = flare.fast_lora(getattr(transformers, name)(settings), **LORA, source_memory=memory).train()
+    options = {"source_memory": memory, "source_dropout": dropout}
+    model = flare.fast_lora(getattr(transformers, name)(settings), **LORA, **options).train()
     inputs = Base(name, config, "", ()).batch()
     inputs["labels"] = inputs["source_labels"] = torch.randint(3, VOCAB, (3, 6))
     gradient_counts = set()
@@ -262,6 +263,8 @@ def test_training_steps_run_if_layerdrop_skips_blocks(memory: str) -> None:
             loss.backward()
         gradient_counts.add(len(gradients(model)))
     assert len(gradient_counts) > 1, "no step skipped a block"
+    stacks = [module for module in model.modules() if "layerdrop" in vars(module)]
+    assert [stack.layerdrop for stack in stacks] == [0.3, 0.3]
 
 
 # --- blocks that do not pass on keyword arguments, and layers that compute query, key and value -----------------------

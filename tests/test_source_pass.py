@@ -114,7 +114,7 @@ def test_only_the_required_blocks_run(family, head, offset) -> None:
 
 
 def test_dropout_is_off_and_the_state_is_restored() -> None:
-    """In train mode with dropout and NEFTune, source states are deterministic. Neither random state nor flags change."""
+    """In train mode with dropout and NEFTune, source states are deterministic. Random state and flags do not change."""
     model = fused("bert", base={"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3})
     assert model.training
     inputs = tiny.batch("bert")
