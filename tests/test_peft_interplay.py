@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
@@ -147,6 +148,24 @@ def test_a_lora_variant_next_to_a_fusing_adapter_matches_peft(kind) -> None:
     if kind == "DoRA":
         model.merge_adapter()
         torch.testing.assert_close(model(**inputs).loss, expected["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_that_fuses_in_no_module_warns() -> None:
+    """fast_lora raises an error instead (tests/test_errors.py)."""
+    config = flare.FlareConfig(r=4, target_modules=["o_proj"])
+    with pytest.warns(
+        UserWarning, match=r"'default' has fusion='add_relu' but fuses in no module.*only self-attention"
+    ):
+        peft.get_peft_model(tiny.model("llama"), config)
+    model = flare.fast_lora(tiny.model("llama"), fusion=None, use_dora=True, target_modules=QV["llama"])
+    with pytest.warns(UserWarning, match=r"'second' has .*fuses in no module.*DoraLinearVariant"):
+        model.add_adapter("second", flare.FlareConfig(r=4, target_modules=QV["llama"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fuses in no module")
+        model.add_adapter("plain", flare.FlareConfig(fusion=None, r=4, target_modules=["o_proj"]))
+        model.add_adapter(
+            "partly", flare.FlareConfig(r=4, target_modules=["up_proj", "k_proj"], fusion_modules="k_proj")
+        )
 
 
 @pytest.mark.parametrize("r", [8, 64, 128])
