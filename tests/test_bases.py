@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import peft
@@ -17,6 +18,11 @@ import torch
 import transformers
 from base_models import BASES, HEADS, HIDDEN, LAYERS, LORA, VOCAB, Base, M, thirds
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import flare
 
@@ -238,14 +244,15 @@ def test_encoder_decoder_matches_the_formula(family: str) -> None:
         check(model, inputs, expected.logits.detach(), gradients(stock))
 
 
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-def test_training_steps_run_if_layerdrop_skips_blocks(memory: str) -> None:
+@pytest.mark.parametrize(("memory", "dropout"), [("keep", False), ("recompute", False), ("keep", True)])
+def test_training_steps_run_if_layerdrop_skips_blocks(memory: str, dropout: bool) -> None:
     """M2M100's LayerDrop skips random blocks in the target pass. The source pass runs every block."""
     name, config, changes, _, _ = ENCODER_DECODERS["m2m_100 (NLLB)"]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
     torch.manual_seed(3)
     settings = getattr(transformers, config)(**size, **{**changes, "encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3})
-    model = flare.fast_lora(getattr(transformers, name)(settings), **LORA, source_memory=memory).train()
+    options = {"source_memory": memory, "source_dropout": dropout}
+    model = flare.fast_lora(getattr(transformers, name)(settings), **LORA, **options).train()
     inputs = Base(name, config, "", ()).batch()
     inputs["labels"] = inputs["source_labels"] = torch.randint(3, VOCAB, (3, 6))
     gradient_counts = set()
@@ -256,6 +263,8 @@ def test_training_steps_run_if_layerdrop_skips_blocks(memory: str) -> None:
             loss.backward()
         gradient_counts.add(len(gradients(model)))
     assert len(gradient_counts) > 1, "no step skipped a block"
+    stacks = [module for module in model.modules() if "layerdrop" in vars(module)]
+    assert [stack.layerdrop for stack in stacks] == [0.3, 0.3]
 
 
 # --- blocks that do not pass on keyword arguments, and layers that compute query, key and value -----------------------
@@ -274,6 +283,30 @@ def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
     assert type(block).__name__ == "CarryingDebertaV2Layer"
     model.delete_adapter("default")
     assert type(block).__name__ == "DebertaV2Layer"
+
+
+def test_reentrant_checkpoint_around_a_block_that_carries_the_source_is_refused() -> None:
+    """transformers' checkpointing, which runs inside the block, gives the same gradients in both modes."""
+    base = BASES["bloom"]
+    model = flare.fast_lora(base.make(), **LORA)
+    randomize(model)
+    model.config.use_cache = False
+    inputs, expected = base.batch(), None
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        expected = expected or gradients(model)
+        torch.testing.assert_close(gradients(model), expected)
+    model.gradient_checkpointing_disable()
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: type(module).__name__ == "CarryingBloomBlock"
+    )
+    with pytest.raises(ValueError, match=r"BloomBlock.*Use model\.gradient_checkpointing_enable\(\)"):
+        model(**inputs)
+    model(**{name: value for name, value in inputs.items() if not name.startswith("source_")}).loss.backward()
 
 
 def test_relative_positions_as_long_as_the_text_do_not_fuse() -> None:

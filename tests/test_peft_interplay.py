@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
 import pytest
 import tiny
 import torch
+from site_models import assert_same, step
 
 import flare
 
@@ -48,6 +50,23 @@ def test_a_fusing_adapter_trains_on_a_merged_english_adapter(family, tmp_path) -
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(english(family).merge_and_unload(), tmp_path).eval()
     torch.testing.assert_close(again(**inputs).logits, out.logits)
+
+
+@pytest.mark.parametrize("target", ["up_proj", "v_proj", "embed_tokens"])
+def test_an_adapter_merged_next_to_a_fusing_adapter_stays_merged(target) -> None:
+    """The source pass uses the merged weights. In a merged layer the fusing adapter is off, as in PEFT."""
+    inputs = tiny.batch("llama")
+    model = flare.fast_lora(tiny.model("llama"), r=5).eval()
+    model.add_adapter("english", flare.FlareConfig(fusion=None, r=4, target_modules=[target], task_type="CAUSAL_LM"))
+    tiny.randomize_lora(model)
+    model.merge_adapter(["english"])
+    weights = {key.replace(f"{target}.base_layer", target): value for key, value in model.state_dict().items()}
+    unmerged = [name for name in QV["llama"] if name != target]
+    twin = flare.fast_lora(tiny.model("llama"), r=5, target_modules=unmerged).eval()
+    assert not twin.load_state_dict(weights, strict=False).missing_keys
+    expected = twin(**inputs).logits
+    for _ in range(2):
+        torch.testing.assert_close(model(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("family", QV)
@@ -96,9 +115,57 @@ def test_adapters_of_different_fusions_can_be_switched(tmp_path) -> None:
     for name in ("cross", "plain", "add", "mul", "cross", "add"):
         model.set_adapter(name)
         torch.testing.assert_close(model(**inputs).logits, expected[name], rtol=1e-6, atol=1e-6)
+    active = ["mul"]
+    model.base_model.set_adapter(active)
+    model(**inputs)
+    active.append("plain")  # PEFT keeps this list
+    model.base_model.set_adapter(active)
+    both = model(**inputs).logits
+    assert not torch.allclose(both, expected["mul"], atol=1e-3)
+    model.base_model.set_adapter(["add"])
+    model.base_model.set_adapter(["mul", "plain"])
+    torch.testing.assert_close(model(**inputs).logits, both, rtol=0, atol=0)
     model.set_adapter("plain")
     torch.testing.assert_close(model(**text(inputs)).logits, expected["plain"], rtol=0, atol=0)
     assert len({tuple(logits.flatten()[:8].tolist()) for logits in expected.values()}) == len(configs)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "aLoRA"])
+def test_a_lora_variant_next_to_a_fusing_adapter_matches_peft(kind) -> None:
+    inputs = tiny.batch("llama", source=False)
+    fields = {"use_dora": True} if kind == "DoRA" else {"alora_invocation_tokens": inputs["input_ids"][0, 3:5].tolist()}
+    twin = english("llama", **fields)
+    model = flare.fast_lora(tiny.model("llama"), r=5, adapter_name="fusing")
+    config = flare.FlareConfig(
+        fusion=None, r=4, lora_alpha=8, target_modules=QV["llama"], task_type=TASK["llama"], **fields
+    )
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(twin))
+    expected = step(twin, inputs)
+    assert kind != "DoRA" or any("lora_magnitude_vector" in name for name in expected)
+    assert_same(step(model, inputs), expected, rtol=1e-5, atol=1e-6)
+    if kind == "DoRA":
+        model.merge_adapter()
+        torch.testing.assert_close(model(**inputs).loss, expected["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_that_fuses_in_no_module_warns() -> None:
+    """fast_lora raises an error instead (tests/test_errors.py)."""
+    config = flare.FlareConfig(r=4, target_modules=["o_proj"])
+    with pytest.warns(
+        UserWarning, match=r"'default' has fusion='add_relu' but fuses in no module.*only self-attention"
+    ):
+        peft.get_peft_model(tiny.model("llama"), config)
+    model = flare.fast_lora(tiny.model("llama"), fusion=None, use_dora=True, target_modules=QV["llama"])
+    with pytest.warns(UserWarning, match=r"'second' has .*fuses in no module.*DoraLinearVariant"):
+        model.add_adapter("second", flare.FlareConfig(r=4, target_modules=QV["llama"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fuses in no module")
+        model.add_adapter("plain", flare.FlareConfig(fusion=None, r=4, target_modules=["o_proj"]))
+        model.add_adapter(
+            "partly", flare.FlareConfig(r=4, target_modules=["up_proj", "k_proj"], fusion_modules="k_proj")
+        )
 
 
 @pytest.mark.parametrize("r", [8, 64, 128])

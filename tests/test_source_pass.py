@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 import flare
 from flare.source.context import THREAD
@@ -113,12 +114,15 @@ def test_only_the_required_blocks_run(family, head, offset) -> None:
 
 
 def test_dropout_is_off_and_the_state_is_restored() -> None:
-    """In train mode with dropout, source states are deterministic. Random state and train flags do not change."""
+    """In train mode with dropout and NEFTune, source states are deterministic. Random state and flags do not change."""
     model = fused("bert", base={"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3})
     assert model.training
     inputs = tiny.batch("bert")
     ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]
     model.get_base_model().bert.encoder.layer[1].eval()
+    embeddings = model.get_base_model().get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    embeddings.register_forward_hook(neftune_post_forward_hook)
     flags = {name: module.training for name, module in model.named_modules()}
     state = torch.random.get_rng_state()
     first, second = model.encode_source(ids, mask), model.encode_source(ids, mask)

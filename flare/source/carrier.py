@@ -5,7 +5,7 @@ it.
 
 Gradient checkpointing runs a block again during the backward pass, with the arguments of its first call. The source
 therefore has to be one of the arguments: ``__call__`` adds it, and ``forward`` removes it. transformers' checkpointing
-runs between the two, so it stores the source.
+runs between the two, so it stores the source. A checkpoint around ``__call__`` does not.
 
 The attention of such a block may call a projection a second time, with an input that is not a text (DeBERTa's relative
 positions). A projection fuses only in its first call within a block; ``Slot.met`` holds the projections that
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .context import KEYWORD, THREAD
@@ -25,9 +26,20 @@ class CarryingBlock:
     """Mixin in front of a block's class that passes the source through the block's arguments."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the block with the source of the running forward pass."""
+        """Call the block with the source of the running forward pass.
+
+        Raises:
+            ValueError: a reentrant checkpoint encloses this call. Its recompute would run without a source.
+        """
         slot = THREAD.slot
         if slot.frozen_pass is None and slot.forward is not None:
+            if slot.forward.with_grad and not torch.is_grad_enabled():
+                raise ValueError(
+                    f"{type(self).__mro__[2].__name__} is called without gradients in a forward pass that needs them: "
+                    "a reentrant checkpoint around the block (such as torch's CheckpointWrapper, which accelerate's "
+                    "FSDP option activation_checkpointing adds) would lose the source in its recompute. Use "
+                    "model.gradient_checkpointing_enable() instead"
+                )
             kwargs[KEYWORD] = slot.forward
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 

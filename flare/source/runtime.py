@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class ActiveUses:
         self.configs = configs
         if not torch.compiler.is_compiling():
             self.registrations = registrations.count
-            self.switches, self.merged, self.offsets = self._state()
+            self.switches, self.merged, self.offsets = copy.deepcopy(self._state())
         self.uses: list[StateUse] = []
         for layer in layers:
             if layer.disable_adapters or layer.merged:

@@ -105,12 +105,12 @@ def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[Stat
 
 _LOCK = threading.Lock()
 _SWITCHES = "_flare_switches"
-#: Modules whose forward does not depend on ``training``.
-_SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Identity)
+#: Modules whose forward does not depend on ``training``. nn.Embedding's does with NEFTune, whose hook adds noise.
+_SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.ModuleList, nn.ModuleDict, nn.Identity)
 
 
 class ModuleSwitches:
-    """Modules whose adapters, train mode or compiled call are switched off during a source pass.
+    """Modules whose adapters, train mode, LayerDrop or compiled call are switched off during a source pass.
 
     They are collected once for each model, and again after modules were added or replaced.
 
@@ -125,6 +125,7 @@ class ModuleSwitches:
         self.tuners: list[nn.Module] = []
         self.states: list[dict[str, Any]] = []
         self.lists: list[tuple[nn.ModuleList, int]] = []
+        self.droppers: list[dict[str, Any]] = []
         self._passes = 0
         self._find(model)
 
@@ -146,6 +147,8 @@ class ModuleSwitches:
                     self.tuners.append(module)
             if isinstance(module, nn.ModuleList):
                 self.lists.append((module, len(module)))
+            if "layerdrop" in module.__dict__:
+                self.droppers.append(module.__dict__)
             # the flag of quantised linears is not changed, because some repack their weights in eval mode
             if (
                 type(module) not in _SAME_IN_TRAINING
@@ -160,7 +163,7 @@ class ModuleSwitches:
 
     @contextlib.contextmanager
     def off(self, *, dropout: bool) -> Iterator[None]:
-        """Disable adapters, compiled calls and (if ``dropout`` is False) train mode.
+        """Disable adapters, compiled calls, LayerDrop and (if ``dropout`` is False) train mode.
 
         If source passes of several threads overlap, the last one to end restores the modules.
         """
@@ -184,10 +187,15 @@ class ModuleSwitches:
                     self._switch_on()
 
     def _switch_off(self, dropout: bool) -> None:
-        self._disabled = [(module, set_adapters_disabled(module, True)) for module in self.tuners]
+        # a disabled layer of PEFT would unmerge its merged adapters
+        tuners = [module for module in self.tuners if not getattr(module, "merged", False)]
+        self._disabled = [(module, set_adapters_disabled(module, True)) for module in tuners]
         self._in_training = [] if dropout else [state for state in self.states if state["training"]]
         for state in self._in_training:
             state["training"] = False
+        self._layerdrops = [(state, state["layerdrop"]) for state in self.droppers] if dropout else []
+        for state, _ in self._layerdrops:
+            state["layerdrop"] = 0.0
         # a compiled call does not check for a running source pass
         self._compiled = [(state, state.pop(COMPILED_CALL)) for state in self.states if COMPILED_CALL in state]
 
@@ -196,6 +204,8 @@ class ModuleSwitches:
             set_adapters_disabled(module, before)
         for state in self._in_training:
             state["training"] = True
+        for state, probability in self._layerdrops:
+            state["layerdrop"] = probability
         for state, call in self._compiled:
             state[COMPILED_CALL] = call
 

@@ -29,7 +29,8 @@ from .cross_attention import CrossAttention, masked_cross_attention
 from .fused_qkv import RowsOfQKV
 
 #: State of an adapter layer that PEFT changes without a notification. A cached result that depends on this state is
-#: valid only if the state is unchanged, which every call checks.
+#: valid only if the state is unchanged, which every call checks. A cache stores a copy, because PEFT keeps the list of
+#: active adapters that its caller passed and may change.
 SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
 MERGED = attrgetter("merged_adapters")
 #: Key of a projection's site (flare.tuner.site) in its ``__dict__``.
@@ -75,6 +76,7 @@ class FlareLayer:
         lora_A: nn.ModuleDict
         lora_B: nn.ModuleDict
         lora_dropout: nn.ModuleDict
+        lora_variant: dict[str, Any]
         scaling: dict[str, float]
         active_adapters: list[str]
         disable_adapters: bool
@@ -83,7 +85,6 @@ class FlareLayer:
         in_features: int
         r: dict[str, int]
 
-        def unmerge(self) -> None: ...
         def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None: ...
 
         def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
@@ -91,16 +92,14 @@ class FlareLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the frozen layer's output plus the output of each active adapter, (..., m, n), for x (..., m, d).
 
-        During a source pass, unmerge merged adapters and return the frozen layer's output only. PEFT's forward runs if
-        adapters are disabled or merged, or if ``adapter_names`` assigns adapters to rows.
+        During a source pass, return the frozen layer's output only, with merged weights if adapters are merged. PEFT's
+        forward runs if adapters are disabled or merged, or if ``adapter_names`` assigns adapters to rows.
 
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
         """
         slot = THREAD.slot
         if slot.frozen_pass is not None:
-            if self.merged_adapters:
-                self.unmerge()  # as PEFT does if adapters are disabled
             base: Any = self._modules["base_layer"]
             attributes = base.__dict__
             if base.__class__ is nn.Linear and not (
@@ -125,11 +124,11 @@ class FlareLayer:
                 )
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         self._check_forward_args(x, *args, **kwargs)
-        kwargs.pop("alora_offsets", None)
         return self._forward_separately(slot, x, args, kwargs)
 
     def _forward_separately(self, slot: Slot, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Compute this projection separately from the other projections of its site (flare.tuner.site)."""
+        offsets = kwargs.pop("alora_offsets", None)
         active = self.active_here()
         context = slot.context
         if slot.met is not None:
@@ -146,14 +145,14 @@ class FlareLayer:
         if x.dim() > 2 and fused and not (args or kwargs) and slot.rows is None and _returns_view(self.base_layer):
             # a linear's output for a 2-d input is not a view, so adapters can add to it in place
             lead, x = x.shape[:-1], x.flatten(0, -2)
-            return self._with_adapters(context, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
+            return self._with_adapters(context, active, x, self.base_layer(x), offsets, flat=True).unflatten(0, lead)
         result = self.base_layer(x, *args, **kwargs)
         if active and self.base_layer._forward_hooks:
             result = result.clone()  # a hook may have stored this tensor, and the adapters add to it in place
         if slot.rows is None or not active:
-            return self._with_adapters(context, active, x, result, by_modules=by_modules)
+            return self._with_adapters(context, active, x, result, offsets, by_modules=by_modules)
         rows = self.target_rows(slot, x)
-        result[:rows] = self._with_adapters(context, active, x[:rows], result[:rows], by_modules=by_modules)
+        result[:rows] = self._with_adapters(context, active, x[:rows], result[:rows], offsets, by_modules=by_modules)
         return result
 
     def target_rows(self, slot: Slot, x: Tensor) -> int:
@@ -174,9 +173,11 @@ class FlareLayer:
     def needs_modules(self, adapter: str) -> bool:
         """Return whether the adapter's modules must be called, as PEFT does, instead of the kernels.
 
-        They must be called if one of them is hooked or patched, or if the scaling is a tensor, which PEFT changes in
-        place (prepare_model_for_compiled_hotswap).
+        They must be called if the adapter is a LoRA variant (such as DoRA), if one of them is hooked or patched, or if
+        the scaling is a tensor, which PEFT changes in place (prepare_model_for_compiled_hotswap).
         """
+        if adapter in self.lora_variant:
+            return True
         return isinstance(self.scaling[adapter], Tensor) or not self.is_untouched_adapter(adapter)
 
     def is_untouched_adapter(self, adapter: str) -> bool:
@@ -205,13 +206,20 @@ class FlareLayer:
         active: list[str],
         x: Tensor,
         result: Tensor,
+        offsets: list[int | None] | None,
         flat: bool = False,
         by_modules: bool = False,
     ) -> Tensor:
         if x.requires_grad and not result.requires_grad and active and torch.is_grad_enabled():
             raise_lost_gradient(self.flare_key, self.base_layer)
         for name in active:
-            result = self._add_adapter(context, name, x, result, flat, by_modules)
+            if name in self.lora_variant:
+                variant, A = self.lora_variant[name], cast(nn.Linear, self.lora_A[name])
+                x_cast, dtype = self._cast_input_dtype(x, A.weight.dtype), result.dtype
+                result = variant.forward(self, active_adapter=name, x=x_cast, result=result, alora_offsets=offsets)
+                result = result.to(dtype)
+            else:
+                result = self._add_adapter(context, name, x, result, flat, by_modules)
         return result
 
     def _add_adapter(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._compat import LoraLayer, register_tuner, warn_of_shards
 from ..generation.generate import ALIGNMENTS, generate
 from ..source.arguments import SOURCE_ARGUMENTS
-from ..source.hooks import attach, detach, take_source, warn_without_source
+from ..source.hooks import attach, detach, take_source, warn_user, warn_without_source
 from ..source.inputs import check_cacheable, encode
 from ..source.packed_rows import refuse_packed_rows
 from ..source.runtime import Runtime, runtime_of
@@ -105,6 +105,13 @@ class FlareModel(LoraModel):
                     module.add_latent_projection(adapter, config.latent_dim)
                     has_latent_projection = True
             runtime.reasons[path, adapter] = reason
+        reasons = {reason for (_, name), reason in runtime.reasons.items() if name == adapter}
+        if config.fusion is not None and "" not in reasons:
+            warn_user(
+                f"adapter {adapter!r} has fusion={config.fusion!r} but fuses in no module, so it ignores the source "
+                f"({'; '.join(sorted(reasons))}). Choose target_modules that can fuse, such as the query and value "
+                "projections, or set fusion=None"
+            )
         attach(self.model, runtime)
 
     def delete_adapter(self, adapter_name: str) -> None:

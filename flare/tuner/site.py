@@ -108,7 +108,7 @@ class _Plan(_JointProjections):
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
         super().__init__(layers, watched, members)
         self.registrations = registrations.count
-        self.switches = [*map(SWITCHES, layers)]
+        self.switches = copy.deepcopy([*map(SWITCHES, layers)])
         self.merged = [*map(len, map(MERGED, layers))]
         self.dicts = [module.__dict__ for module in watched]
         self.sizes = [*map(len, self.dicts)]
@@ -437,11 +437,11 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 def _fits(layer: FlareLayer, adapter: str) -> bool:
     """Return whether an adapter can take part in a site's call.
 
-    lora_A and lora_B must be plain linears without bias, lora_dropout nn.Dropout or nn.Identity, and the scaling a
-    number. A fusion must act on each position separately, and on all output rows (not only on the query and value rows
-    of a projection that computes query, key and value).
+    It must not be a LoRA variant (such as DoRA). lora_A and lora_B must be plain linears without bias, lora_dropout
+    nn.Dropout or nn.Identity, and the scaling a number. A fusion must act on each position separately, and on all
+    output rows (not only on the query and value rows of a projection that computes query, key and value).
     """
-    if isinstance(layer.scaling[adapter], Tensor):
+    if adapter in layer.lora_variant or isinstance(layer.scaling[adapter], Tensor):
         return False
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
     plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
