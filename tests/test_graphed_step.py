@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from cached_states import batch_of, fused
 from peft import LoraConfig, get_peft_model
 from recorded import eager, full, graphed, no_warnings, same_gradients
@@ -246,12 +247,31 @@ def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
     assert len(of_graph) == 1, "the states' object is made once"
 
 
-def test_a_real_cache_gives_the_gradients_of_a_loop_without_one() -> None:
-    model, eager_model = fused("bert"), fused("bert")
+def multiple_choice() -> Any:
+    torch.manual_seed(0)
+    config = tiny.config("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = flare.fast_lora(transformers.BertForMultipleChoice(config), r=5, source_padding="zero")
+    tiny.randomize_lora(model)
+    return model
+
+
+def choices_of(*, seed: int) -> dict[str, Tensor]:
+    """Return a batch of one row with three choices."""
+    batch = {name: value[None] for name, value in batch_of("bert", seed=seed).items()}
+    return {**batch, "labels": torch.tensor([seed % 3])}
+
+
+@pytest.mark.parametrize(
+    ("make", "make_batch"),
+    [(lambda: fused("bert"), lambda seed: batch_of("bert", seed=seed)), (multiple_choice, choices_of)],
+    ids=["classification", "multiple choice"],
+)
+def test_a_real_cache_gives_the_gradients_of_a_loop_without_one(make: Any, make_batch: Any) -> None:
+    model, eager_model = make(), make()
     cache = flare.SourceStateCache(1 << 20, tiers=("host",))
     model.set_source_cache(cache)
     step, recorder = graphed(model, warmup_steps=1, source_cache=cache)
-    batches, run = [batch_of("bert", seed=seed) for seed in range(3)], eager(eager_model)
+    batches, run = [make_batch(seed=seed) for seed in range(3)], eager(eager_model)
     with pytest.warns(UserWarning, match="source_cache does not return all states of a batch yet"):
         for batch in batches:
             step(batch)

@@ -79,8 +79,10 @@ def test_a_shared_budget_leaves_memory_free_but_the_budget_of_a_tier_does_not(mo
     from flare.source_cache import memory
 
     free = [1 << 30]
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
-    monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 30)
+    # a job with 1 GiB on a machine with 1 TiB
+    monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 40)
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 1 << 39)
+    monkeypatch.setattr(memory, "_group_bytes", lambda *paths: [(free[0], 1 << 30)])
     monkeypatch.setattr(memory, "_SLAB", 3 * one_row_bytes())
     model = fused("bert")
     for budget, entries in ((1 << 29, 3), ({"device": 1 << 29}, 9)):

@@ -245,45 +245,6 @@ def test_the_private_methods_of_the_trainer_that_flare_extends_exist():
         _compat.check_trainer(object)
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["all", "non_padding", "no"])
-def test_tokens_of_both_streams_are_counted(mode: str, tmp_path: Path):
-    data = rows("bert", 8)
-    trainer = FlareTrainer(
-        model=flare_model("bert"),
-        args=arguments(
-            tmp_path,
-            per_device_train_batch_size=4,
-            num_train_epochs=1,
-            include_num_input_tokens_seen=mode,
-            logging_strategy="steps",
-            logging_steps=1,
-        ),
-        train_dataset=Dataset.from_list(data),
-        data_collator=FlareDataCollator(tokenizer(), padding="max_length", max_length=12),
-    )
-    trainer.train()
-    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    if mode == "no":
-        assert "num_input_tokens_seen" not in last and "num_source_input_tokens_seen" not in last
-        return
-    target = 8 * 12 if mode == "all" else sum(len(row["input_ids"]) for row in data)
-    source = 8 * 12 if mode == "all" else sum(len(row["source_input_ids"]) for row in data)
-    assert last["num_source_input_tokens_seen"] == trainer.num_source_input_tokens_seen == source
-    assert last["num_input_tokens_seen"] == source + target
-
-
-def test_operations_of_the_source_pass_are_counted(tmp_path: Path):
-    trainer = FlareTrainer(model=flare_model("bert"), args=arguments(tmp_path), processing_class=tokenizer())
-    batch = trainer.data_collator(rows("bert", 4))
-    plain = {name: tensor for name, tensor in batch.items() if not name.startswith("source_")}
-    both, target = trainer.floating_point_ops(batch), trainer.floating_point_ops(plain)
-    # per token and weight, the target counts 6 (forward and backward), and the source 2 (forward)
-    assert both * 6 == target * 8 > 0
-
-
 # --- features of the Trainer ---------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ _SLAB = 64 << 20
 _ROWS_OF_A_PINNED_SLAB = 4
 #: Share of the device's (or host's) memory that a tier with a shared budget leaves free.
 _LEFT_FREE = 1 / 16
+#: Mount point of the control groups, and the file that names the process's control group.
+_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class MemoryTier:
@@ -105,7 +107,7 @@ class MemoryTier:
 
     def _allocate(self, nbytes: int, device: torch.device) -> Tensor | None:
         place = self._place(device)
-        if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * memory_of(place):
+        if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * total_bytes(place):
             self.full = f"little is free; to use the tier anyway, give it its own budget: {{{self.name!r}: bytes}}"
             return None
         try:
@@ -131,7 +133,13 @@ def free_bytes(device: torch.device) -> int:
     """Return the free bytes of a device. On a CPU, the limits of the process's control groups count too."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min([_machine_bytes(), *_group_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+    return min([_machine_bytes(), *(free for free, _ in _group_bytes(*_GROUPS))])
+
+
+def total_bytes(device: torch.device) -> int:
+    """Return the size of a device's memory in bytes; on a CPU, at most the limits of the process's control groups."""
+    limits = () if device.type == "cuda" else (limit for _, limit in _group_bytes(*_GROUPS))
+    return min([memory_of(device), *limits])
 
 
 def _machine_bytes() -> int:
@@ -143,8 +151,8 @@ def _machine_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _group_bytes(root: Path, group_file: Path) -> list[int]:
-    """Return the free bytes of each control group (version 2) that limits the process's memory.
+def _group_bytes(root: Path, group_file: Path) -> list[tuple[int, int]]:
+    """Return the free bytes and the limit of each control group (version 2) that limits the process's memory.
 
     Inactive file pages count as free, because the kernel can reclaim them.
 
@@ -156,14 +164,14 @@ def _group_bytes(root: Path, group_file: Path) -> list[int]:
         name = next(line[3:] for line in group_file.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         return []
-    free = []
+    groups = []
     group = root / name.strip("/")
     for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # the group is not mounted here, or its limit is "max" (none)
             limit = int((folder / "memory.max").read_text())
             pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             used = int((folder / "memory.current").read_text()) - int(pages.get("inactive_file", 0))
-            free.append(max(limit - used, 0))
+            groups.append((max(limit - used, 0), limit))
         if folder == root:
             break
-    return free
+    return groups

@@ -331,10 +331,9 @@ class GraphedStep:
         states = self._source_cache.lookup(self.model, inputs)
         if states is None:
             return "source_cache does not return all states of a batch yet, so the step runs the source pass"
-        mask = inputs.get("source_attention_mask")
         for name in _SOURCE_TEXT:
             inputs.pop(name, None)
-        inputs["source_states"] = SourceStates(states.states, states.offset, mask)
+        inputs["source_states"] = states
         return None
 
     def _shape(self, inputs: dict[str, Any], variant: Hashable) -> _Shape:

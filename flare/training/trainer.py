@@ -212,6 +212,7 @@ class FlareTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does. The logged hit rates count the rows of this run only."""
         self._cache_at_start = self._cache_at_log = self._cache_counts()
+        self._parameter_count: int | None = None  # without embeddings; counted in the first step
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             exclude_adapters_from_fsdp(self.model, self.accelerator.state.fsdp_plugin)
         return super().train(*args, **kwargs)
@@ -412,12 +413,13 @@ class FlareTrainer(Trainer):
         self.state.num_input_tokens_seen += seen
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Return Trainer's estimate for the target, plus 2 FLOPs per source token and parameter (no embeddings)."""
-        operations: int = super().floating_point_ops(inputs)
-        ids = inputs.get("source_input_ids")
-        if ids is not None and hasattr(self.model, "num_parameters"):
-            operations += 2 * ids.numel() * self.model.num_parameters(exclude_embeddings=True)
-        return operations
+        """Return 6 FLOPs per target token and parameter, as Trainer, and 2 per source token (without embeddings)."""
+        if not self.is_in_train or self._parameter_count is None:  # once per training, because counting is slow
+            count = getattr(self.model, "num_parameters", None)
+            self._parameter_count = 0 if count is None else count(exclude_embeddings=True)
+        target = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        sizes = [0 if ids is None else ids.numel() for ids in (target, inputs.get("source_input_ids"))]
+        return (6 * sizes[0] + 2 * sizes[1]) * self._parameter_count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with ``num_source_input_tokens_seen`` and ``source_cache_*`` added.

@@ -134,5 +134,5 @@ def test_free_memory_respects_control_group_limits(tmp_path):
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {pages}\n")
     (tmp_path / "self").write_text("0::/slurm/job\n")
     # limit 1000, 700 in use, and 200 of these can be reclaimed
-    assert _group_bytes(tmp_path / "cgroup", tmp_path / "self") == [500]
+    assert _group_bytes(tmp_path / "cgroup", tmp_path / "self") == [(500, 1000)]
     assert _group_bytes(tmp_path / "cgroup", tmp_path / "nothing") == []
