@@ -419,28 +419,6 @@ def test_flags_override_the_yaml_file(tmp_path):
     assert settings.training == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("taks: nusax", "taks is not known; did you mean task"),
-        ("seeds: many", "seeds must be a whole number; got 'many'"),
-        ("method: [lora, magic]", "method must be one of lora"),
-        ("output_dir: x", "output_dir cannot be given"),
-        ("progress: 3", "progress must be true or false"),
-        ("task: [a, b]", "task takes one value"),
-        ("output:", "output is empty; give a value, or remove the line"),
-        ("- nusax", "must map names to values"),
-        ("task: [", "cannot be read"),
-    ],
-)
-def test_wrong_yaml_is_explained(tmp_path, text, expected):
-    file = tmp_path / "experiment.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"experiment\.yaml") as error:
-        read_settings(TrainSettings, {"config": str(file)})
-    assert expected in str(error.value)
-
-
 def test_paper_sets_the_papers_values_and_given_options_override_them(tmp_path):
     settings = read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"], "translations": "mt"})
     assert (settings.seeds, settings.source_text, settings.target_text) == ((0, 1, 2, 3, 4), "mt", "mt")

@@ -279,3 +279,25 @@ def test_refused_names_are_not_suggested():
         with pytest.raises(UserError) as error:
             read_settings(TrainSettings, {}, [f"--{word}", "1"])
         assert not any(name in str(error.value) for name in REFUSED), error.value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("taks: nusax", "taks is not known; did you mean task"),
+        ("seeds: many", "seeds must be a whole number; got 'many'"),
+        ("method: [lora, magic]", "method must be one of lora"),
+        ("output_dir: x", "output_dir cannot be given"),
+        ("progress: 3", "progress must be true or false"),
+        ("task: [a, b]", "task takes one value"),
+        ("output:", "output is empty; give a value, or remove the line"),
+        ("- nusax", "must map names to values"),
+        ("task: [", "cannot be read"),
+    ],
+)
+def test_wrong_yaml_is_explained(tmp_path, text, expected):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"experiment\.yaml") as error:
+        read_settings(TrainSettings, {"config": str(file)})
+    assert expected in str(error.value)
