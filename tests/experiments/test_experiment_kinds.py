@@ -51,7 +51,7 @@ def row_of(kind: str, name: str, text: str, label: str) -> dict[str, object]:
     """Return one row of data for a kind of task, with `name` as its id."""
     words = text.split()
     if kind == "token-classification" and name == ODD_ROW:
-        words[2:4] = ["\u00a0", "New York"]  # splitting the sentence at white space gives other words
+        words[2:5] = ["\u00a0", "New York", "New York"]  # splitting the sentence at white space gives other words
     columns = {
         "token-classification": {"tokens": words, "ner_tags": ["B-X", "I-X", *["O"] * (len(words) - 2)]},
         "multiple-choice": {"question": text, **dict.fromkeys(LABELS, "good"), "label": LABELS.index(label)},
