@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flare.cli import main
+from flare.experiments.prediction.pipeline import FlarePipeline
 from flare.experiments.runs.records import Run
 
 
@@ -46,6 +47,10 @@ def predicts_as_evaluated(run: Run, data: Path, folder: Path) -> list[dict[str, 
     assert [(str(row["id"]), row["prediction"]) for row in predicted] == [
         (row["id"], row["prediction"]) for row in scored
     ]
+    details = FlarePipeline(run.folder, print_fn=lambda line: None).trained.setup.form.detail_names
+    assert set(details) == predicted[0].keys() - rows_of(data, "vemari")[0].keys() - {"prediction"} - {
+        name for name in predicted[0] if name.startswith("source_")
+    }
     for row in predicted:
         if row.get("start") is not None:
             assert row["context"][row["start"] : row["end"]] == row["prediction"] and 0 < row["probability"] <= 1

@@ -19,6 +19,8 @@ from flare.experiments.runs.defaults import adapt_to_machine, kind_of, paper_rec
 from flare.experiments.runs.records import find_runs, read_record
 
 QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
+#: A prompt and a verbalizer of the user, which evaluate and predict read from run.json.
+ASKED = ("--prompt", "{text} so the label is", "--verbalizer", "negative=the", "neutral=and", "positive=is")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,8 @@ def flare(*words: object) -> int:
 def test_every_model_family_and_task_is_trained_and_scored(place, tmp_path, model, task, methods, length):
     data = place / ("qa" if task == "qa" else "data")
     words = ("--task", task, "--data", data, "--output", tmp_path / "runs", "--max-length", length, *QUICK)
+    if model == "llama" and task == "classification":
+        words = (*words, *ASKED)
     assert flare("finetune", "--model", place / model, *words) == 0
     assert flare("train", "--target", "vemari", "--method", *methods, *words) == 0
     first = {}

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from experiment_data import write_bert, write_llama, write_t5
+from predicting import predicts_as_evaluated
 
 from flare import FlareDataCollator, fast_lora
 from flare.cli import main
@@ -24,6 +25,8 @@ from flare.experiments.tasks import get_task, load_pairs, make_form, metrics, re
 ROWS = {"train": (0, 24), "valid": (24, 32), "test": (32, 42)}
 QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
 CHOICES = ("--choice-columns", *LABELS)
+#: Id of a test row.
+ODD_ROW = make_corpus(train=42).train[34].id
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,13 @@ def place(tmp_path_factory) -> Path:
 def row_of(kind: str, name: str, text: str, label: str) -> dict[str, object]:
     """Return one row of data for a kind of task, with `name` as its id."""
     words = text.split()
+    if kind == "token-classification" and name == ODD_ROW:
+        words[2:5] = ["\u00a0", "New York", "New York"]  # splitting the sentence at white space gives other words
     columns = {
         "token-classification": {"tokens": words, "ner_tags": ["B-X", "I-X", *["O"] * (len(words) - 2)]},
         "multiple-choice": {"question": text, **dict.fromkeys(LABELS, "good"), "label": LABELS.index(label)},
-        "multi-label": {"text": text, "labels": [label] if len(words) % 2 else [label, "even"]},
-        "regression": {"text": text, "label": LABELS.index(label) / 2},
+        "multi-label": {"text": text, "labels": [label] if int(name[-5:]) % 2 else [label, "even"]},
+        "regression": {"text": text, "mark": LABELS.index(label) / 2},
     }
     return {"id": name, **columns[kind]}
 
@@ -83,7 +88,7 @@ def flare(*words: object) -> int:
         ("multiple-choice", "llama", ("flare",), CHOICES),
         ("multiple-choice", "t5", ("flare",), CHOICES),
         ("multi-label", "bert", ("flare",), ()),
-        ("regression", "bert", ("flare",), ()),
+        ("regression", "bert", ("flare",), ("--label-column", "mark")),
     ],
 )
 def test_every_kind_is_trained_scored_and_reported(place, tmp_path, capsys, kind, model, methods, more):
@@ -106,6 +111,10 @@ def test_every_kind_is_trained_scored_and_reported(place, tmp_path, capsys, kind
     refused = "translate-test is skipped for task token-classification" in capsys.readouterr().out
     assert refused == (kind == "token-classification")
     assert flare("report", runs, "--output", tmp_path / "report") == 0
+    for method in ("flare", "input-fusion") if "input-fusion" in methods else ("flare",):
+        predicts_as_evaluated(trained[method], place / kind, tmp_path)
+        # texts_alone leaves out the column label only
+        assert ("scores against the labels" in capsys.readouterr().out) == (kind != "multiple-choice")
 
 
 def test_tags_are_trained_and_predicted_at_the_same_tokens(place):

@@ -23,9 +23,13 @@ from tiny_mt import save_nllb
 
 import flare
 from flare.cli import main
+from flare.experiments.prediction.input import Input, read_input
+from flare.experiments.prediction.output import write_file
 from flare.experiments.prediction.pipeline import FlarePipeline
-from flare.experiments.prediction.run import _header
+from flare.experiments.prediction.predict_settings import PredictSettings
+from flare.experiments.prediction.run import _header, _rows
 from flare.experiments.runs.records import read_metrics
+from flare.experiments.tasks import get_task
 from flare.experiments.translation import Translator
 from flare.experiments.translation.provenance import differences
 from flare.experiments.utils.errors import UserError
@@ -151,7 +155,7 @@ def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
 
 def test_options_that_change_predictions_are_compared_before_resuming(place):
     pipeline = FlarePipeline(adapter(place), print_fn=lambda line: None)
-    data = SimpleNamespace(rows=[{}], texts=[{"text": "a"}], sources=[None])
+    data = SimpleNamespace(rows=[{}], texts=[{"text": "a"}], words=[()], sources=[None])
     saved = _header(pipeline, data)
     for name in ("mt_language", "mt_model", "task", "method", "prompt"):
         pipeline.settings = replace(pipeline.settings, **{name: "x"})
@@ -173,7 +177,12 @@ def test_an_existing_output_is_not_replaced(place, tmp_path, capsys):
     assert predict(place, *words) == 2
     assert "already exists" in capsys.readouterr().err and file.read_text() == "mine"
     assert predict(place, *words, "--overwrite") == 0
-    assert len(read_jsonl(file)) == 20
+    rows = read_jsonl(file)
+    assert len(rows) == 20
+    # the output may be the next input: its source texts equal those of --source-input
+    details = ("prediction", "probability", "probabilities")
+    again = write_jsonl(tmp_path / "again.jsonl", [{k: v for k, v in row.items() if k not in details} for row in rows])
+    assert predict(place, "--input", again, *words[2:], "--overwrite") == 0 and read_jsonl(file) == rows
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -215,6 +224,9 @@ def test_csv_with_labels_is_scored(place, tmp_path, capsys):
         ([{"sentence": "a"}], (), "no column text; it has sentence"),
         ([{"text": 3}], (), "holds a int"),
         ([{"text": "a", "prediction": 1}], ("--no-source",), "has a column prediction"),
+        ([{"text": "a", "probability": 1}], ("--no-source",), "has a column probability"),
+        ([{"text": "a", "probability_neutral": 1}], ("--no-source", "--output", "out.csv"), "a column probability_neu"),
+        ([{"text": "a", "source_text": "x"}] * 20, ("--source-input", "english.jsonl"), "has a column source_text"),
         ([{"text": "a"}], ("--source-input", "english.jsonl"), "20 rows and --input has 1 row"),
         ([{"text": "a"}], ("--labels", "a", "b"), "this is saved in .*run.json"),
         ([{"text": "a"}], ("--translator", "mt"), "vemari"),
@@ -228,6 +240,114 @@ def test_errors_name_the_cause(place, tmp_path, monkeypatch, capsys, rows, words
     file = write_jsonl(tmp_path / "in.jsonl", rows)
     assert predict(place, "--input", file, *words) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_standard_output_reads_each_prediction_once():
+    """The time per row must not grow with the number of rows before it."""
+
+    class Counted(list):
+        read = 0
+
+        def __getitem__(self, key):
+            items = super().__getitem__(key)
+            Counted.read += len(items)
+            return items
+
+        def __iter__(self):
+            for item in super().__iter__():
+                Counted.read += 1
+                yield item
+
+    data = SimpleNamespace(rows=[{"text": str(n)} for n in range(9)], columns={})
+    with_text = [0, 1, 3, 4, 5, 7]  # the other rows have an empty text
+    done = Counted({"prediction": n} for n in with_text)
+    rows = [_rows(data, [None] * 9, with_text, done, first, first + 3) for first in (0, 3, 6)]
+    assert [row["prediction"] for batch in rows for row in batch] == [0, 1, None, 3, 4, 5, None, 7, None]
+    assert Counted.read == len(done)
+
+
+def test_tuples_are_json_in_csv(tmp_path):
+    write_file(tmp_path / "out.csv", [{"id": "1", "prediction": ("health", "sport")}])
+    assert (tmp_path / "out.csv").read_text() == 'id,prediction\n1,"[""health"", ""sport""]"\n'
+
+
+# --- rows and columns of the input ------------------------------------------------------------------------------------
+
+
+def read(folder: Path, task: str, rows: Any, sources: Any = None, **options: Any) -> Input:
+    """Return the input of `flare predict` from rows, or from a file."""
+    files = {"input": rows, "source_input": sources}
+    for name, content in files.items():
+        if isinstance(content, list):
+            files[name] = write_jsonl(folder / f"{name}.jsonl", content)
+    paths = {name: None if file is None else str(file) for name, file in files.items()}
+    return read_input(PredictSettings(adapter="x", **paths), get_task(task, **options))
+
+
+@pytest.mark.parametrize(
+    ("task", "ids", "options"),
+    [
+        ("classification", ("id",), {}),
+        ("sib200", ("index_id",), {}),
+        ("sib200", ("id",), {}),  # a file of the user
+        ("classification", ("link", "number"), {"id_columns": ("link", "number")}),
+    ],
+)
+def test_rows_of_two_files_are_matched_by_the_ids_of_the_task(tmp_path, task, ids, options):
+    def rows(side: str, order: tuple[int, ...]) -> list[dict[str, Any]]:
+        return [{**dict.fromkeys(ids, n), "text": f"{side} {n}"} for n in order]
+
+    texts = [*rows("target", (0, 1, 2)), {"text": "no id"}]
+    sources = read(tmp_path, task, texts, rows("source", (2, 0, 1, 3)), **options).sources
+    assert sources == [{"text": "source 0"}, {"text": "source 1"}, {"text": "source 2"}, None]
+    with pytest.raises(UserError, match=f"row 2 .*has no {' and '.join(ids)}, .*give every row an id"):
+        read(tmp_path, task, texts, [*rows("source", (0, 1)), {"text": "no id"}], **options)
+
+
+def test_rows_are_matched_by_position_only_if_no_ids_contradict_it(tmp_path):
+    texts = [{"uid": n, "text": f"target {n}"} for n in range(3)]
+    for name, order in (("uid", (0, 1, 2)), ("uid", ("a", "b", "c")), ("number", (2, 1, 0))):
+        sources = [{name: n, "text": f"source {n}"} for n in order]
+        assert read(tmp_path, "classification", texts, sources).sources == [{"text": f"source {n}"} for n in order]
+    with pytest.raises(UserError, match="Rename both columns to id"):
+        read(tmp_path, "classification", texts, [{"sentence_id": n, "text": "a"} for n in (1, 0, 2)])
+
+
+def test_lists_are_read_as_in_training(tmp_path):
+    words = ["New York", "\u00a0", "a"]
+    with (tmp_path / "in.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["tokens"], [json.dumps(words)], [str(words)], ["[1] two  words"]])
+    for rows in (tmp_path / "in.csv", [{"tokens": words}, {"tokens": words}, {"tokens": "[1] two  words"}]):
+        data = read(tmp_path, "token-classification", rows, rows)
+        assert data.words == [tuple(words), tuple(words), ("[1]", "two", "words")]
+        assert data.texts[0] == data.sources[0] == {"tokens": " ".join(words)}
+    (tmp_path / "broken.csv").write_text('tokens\n"[""a"", "\n')
+    with pytest.raises(UserError, match=r"row 0: tokens holds .*must be a list"):
+        read(tmp_path, "token-classification", tmp_path / "broken.csv")
+    texts = {"question": "q", **{f"choice{n}": letter for n, letter in enumerate("abcd", 1)}}
+    sources = {f"source_{name}": text for name, text in texts.items()}
+    lists = {"question": "q", "choices": list("abcd"), "source_question": "q", "source_choices": list("abcd")}
+    for row in ({**texts, **sources}, lists, {**lists, "choices": "a;b;c;d"}):
+        data = read(tmp_path, "multiple-choice", [{**row, "label": "B"}])
+        assert data.texts == data.sources == [texts] and list(data.columns.values()) == list(sources)
+        assert data.truth[0].label == "B" and data.truth[0].texts == texts
+    with pytest.raises(UserError, match="3 choices, but task multiple-choice has 4"):
+        read(tmp_path, "multiple-choice", [{"question": "q", "choices": list("abc")}])
+
+
+def test_class_names_of_a_parquet_file_are_the_labels(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["positive", "neutral", "negative"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    rows = datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [0, 2]}, features=features)
+    rows.to_parquet(str(tmp_path / "in.parquet"))
+    truth = read(tmp_path, "nusax", tmp_path / "in.parquet").truth
+    assert [row.label for row in truth] == ["positive", "negative"]
+
+
+def test_labels_are_read_without_the_id_column_of_the_run(tmp_path):
+    data = read(tmp_path, "classification", [{"text": "a", "label": "b"}], id_columns=["uid"])
+    assert data.truth[0].label == "b" and data.ids == ["#0"] and not data.notes
 
 
 # --- adapters outside of runs -----------------------------------------------------------------------------------------

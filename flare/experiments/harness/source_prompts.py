@@ -152,7 +152,7 @@ class SourcePrompts:
             path = Path(name).expanduser()
             if not path.exists():
                 raise UserError(f"source_file={name}: no such file")
-            rows, _ = read_rows(path)
+            rows = read_rows(path).rows
             ids = [str(row[self.id_column]) for row in rows if row.get(self.id_column) not in (None, "")]
             by_id = dict(zip(ids, rows, strict=True)) if len(ids) == len(rows) else {}
             if by_id and len(by_id) < len(rows):

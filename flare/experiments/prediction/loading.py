@@ -147,12 +147,16 @@ def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[s
 
 
 def _task_of(record: RunRecord, settings: PipelineSettings) -> Task:
+    """Return the task with the columns, labels and prompt that it had in training."""
     saved = record.settings
     return get_task(
         record.task,
         text_columns=saved.get("text_columns"),
-        label_column=saved.get("label_column") if saved.get("labels") else None,
+        choice_columns=saved.get("choice_columns"),
+        label_column=saved.get("label_column"),
+        id_columns=saved.get("id_column"),
         labels=saved.get("labels"),
-        prompt=settings.prompt,
+        prompt=settings.prompt or saved.get("task_prompt"),
+        verbalizer={label: str(text) for label, text in (saved.get("verbalizer") or {}).items()} or None,
         max_length=settings.max_length or saved.get("max_length"),
     )

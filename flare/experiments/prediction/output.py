@@ -170,5 +170,5 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
         if name == "probabilities" and isinstance(value, dict):
             cells |= {f"probability_{label}": share for label, share in value.items()}
         else:
-            cells[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+            cells[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | dict) else value
     return cells

@@ -182,17 +182,30 @@ class FlarePipeline:
         return sources, missing
 
     def pairs(
-        self, rows: Sequence[Texts], sources: Sequence[Texts | None], ids: Sequence[str] | None = None
+        self,
+        rows: Sequence[Texts],
+        sources: Sequence[Texts | None],
+        ids: Sequence[str] | None = None,
+        words: Sequence[tuple[str, ...]] | None = None,
     ) -> list[Pair]:
-        """Return one pair per row: an example with its texts, and an example with its source texts (or None)."""
+        """Return one pair per row: an example with its texts, and an example with its source texts (or None).
+
+        Args:
+            rows: the texts.
+            sources: for each row, the source texts, or None.
+            ids: id of each row. None: its position.
+            words: for each row, the words to tag (token classification). None: the texts, split at white space.
+        """
         names = [str(index) for index in range(len(rows))] if ids is None else ids
-        tagged = self.trained.task.kind == "token-classification"  # the words to tag are separated by spaces
+        targets = [Example(name, row) for name, row in zip(names, rows, strict=True)]
+        if self.trained.task.kind == "token-classification":
+            column = self.trained.task.text_columns[0]
+            split = [tuple(row[column].split()) for row in rows] if words is None else words
+            # tags are found by the words' positions in the words joined with single spaces
+            targets = [Example(n, {column: " ".join(one)}, words=one) for n, one in zip(names, split, strict=True)]
         return [
-            Pair(
-                Example(name, row, words=tuple(" ".join(row.values()).split()) if tagged else ()),
-                None if source is None else Example(name, source),
-            )
-            for name, row, source in zip(names, rows, sources, strict=True)
+            Pair(target, None if source is None else Example(target.id, source))
+            for target, source in zip(targets, sources, strict=True)
         ]
 
     def batches(self, pairs: Sequence[Pair], first: int = 0, share: bool = False) -> Iterator[list[Prediction]]:

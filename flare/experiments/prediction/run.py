@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> N
     trained = pipeline.trained
     data = on_main(lambda: read_input(settings, trained.task))
     pipeline.say_once(data.notes)
-    if any("prediction" in row for row in data.rows):
-        raise UserError("--input has a column prediction, which the output would replace; rename it")
+    _check_columns(pipeline, settings, data)
     print_fn(f"{trained.folder}: {trained.record.method} on {trained.base}, {len(data.rows)} rows")
     header = _header(pipeline, data)
     with errors_reach_all(), contextlib.ExitStack() as stack:
@@ -52,6 +52,29 @@ def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> N
         _predict(pipeline, data, progress, settings, print_fn)
         if progress is not None:
             progress.remove()
+
+
+def _check_columns(pipeline: FlarePipeline, settings: PredictSettings, data: Input) -> None:
+    """Check that the output replaces no column of the input.
+
+    Columns of the texts may be replaced by their words, and columns of source texts by equal texts.
+
+    Raises:
+        UserError: a column of the input has the name of an output column.
+    """
+    task, form = pipeline.trained.task, pipeline.trained.setup.form
+    names = ["prediction", *form.detail_names]
+    if "probabilities" in names and Path(settings.output).suffix == ".csv":
+        names += [f"probability_{label}" for label in task.labels or ()]
+    texts = settings.text_columns or task.text_columns
+    taken = [name for name in names if name not in texts and any(name in row for row in data.rows)]
+    if settings.source_input is not None and pipeline.trained.reads == "text" and not settings.no_source:
+        for column, name in data.columns.items():
+            sources = (None if source is None else source[column] for source in data.sources)
+            if any(row.get(name) not in (None, "", text) for row, text in zip(data.rows, sources, strict=True)):
+                taken.append(name)
+    if taken:
+        raise UserError(f"--input has a column {', '.join(taken)}, which the output would replace; rename it")
 
 
 def _predict(
@@ -80,7 +103,7 @@ def _predict(
         print_fn(
             f"{len(data.texts) - len(with_text)} of {len(data.texts)} rows have an empty text and get no prediction"
         )
-    all_pairs = pipeline.pairs(data.texts, sources, data.ids)
+    all_pairs = pipeline.pairs(data.texts, sources, data.ids, data.words)
     pairs = [all_pairs[index] for index in with_text]
     if done:
         print_fn(f"resuming after {len(done)} of {len(with_text)} rows")
@@ -119,7 +142,8 @@ def _rows(
     A row has the columns of the input, the source text if one was read, the prediction (None for an empty
     text) and its details, such as probabilities.
     """
-    predictions = dict(zip(with_text, done, strict=False))
+    begin, end = bisect_left(with_text, first), bisect_left(with_text, until)
+    predictions = dict(zip(with_text[begin:end], done[begin:end], strict=True))
     rows = []
     for index in range(first, until):
         source = sources[index]
@@ -135,6 +159,7 @@ def _header(pipeline: FlarePipeline, data: Input) -> dict[str, Any]:
     return {
         "rows": len(data.rows),
         "texts": digest_of(data.texts),
+        **({"words": digest_of(data.words)} if any(data.words) else {}),
         "sources": digest_of(data.sources),
         "adapter": [digest_of_file(path) for path in weights],
         "base": trained.base,

@@ -91,16 +91,15 @@ def no_split(folder: Path, split: str) -> DataError:
     )
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a data file (column -> value) and its columns, without checking them.
+def read_rows(path: Path) -> Table:
+    """Return the rows of a data file, without checking them.
 
     Raises:
         DataError: the file's suffix is not in `SUFFIXES`, or the file cannot be read.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: its name must end in {', '.join(SUFFIXES)}")
-    table = read_table(path)
-    return table.rows, table.columns
+    return read_table(path)
 
 
 def to_row(example: Example, task: Task) -> dict[str, Any]:

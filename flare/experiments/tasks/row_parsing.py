@@ -70,7 +70,9 @@ def _example(
     place = f"{where}, row {index}"
     texts, words = texts_of(row, task, place)
     return Example(
-        id=text_of(_id(row, task), f"{place}: id") if set(task.id_columns) <= set(columns) else position_id(index),
+        id=text_of(id_of(row, task.id_columns), f"{place}: id")
+        if set(task.id_columns) <= set(columns)
+        else position_id(index),
         texts=texts,
         label=None if task.kind == "qa" else label_of(row, task, name_of, words, place),
         answers=_answers(row, where, index) if task.kind == "qa" else (),
@@ -115,20 +117,17 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
             (rows would silently be paired by position).
     """
     if not set(task.id_columns) <= set(columns):
-        read = {*task.text_columns, task.label_column}
-        id_like = [
-            name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _ID_LIKE_NAMES and name not in read
-        ]
-        if id_like and task.id_columns == ("id",):
+        names = id_like(columns, task)
+        if names and task.id_columns == ("id",):
             raise DataError(
-                f"{where} has no column id, and its column {id_like[0]!r} looks like an id column: rows would be "
+                f"{where} has no column id, and its column {names[0]!r} looks like an id column: rows would be "
                 "paired by position. Name the column with --id-column, or remove it if the rows of all languages are "
                 "in the same order"
             )
         return
     first_row: dict[str, int] = {}
     for index, row in enumerate(rows):
-        row_id = _id(row, task)
+        row_id = id_of(row, task.id_columns)
         if not row_id.strip():
             raise DataError(
                 f"{where}, row {index} (counted from 0) has no id; give every row an id, or remove the id column"
@@ -141,8 +140,15 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         first_row[row_id] = index
 
 
-def _id(row: Mapping[str, Any], task: Task) -> str:
-    values = [row.get(column) for column in task.id_columns]
+def id_like(columns: Sequence[str], task: Task) -> list[str]:
+    """Return the columns whose names suggest ids, except the task's text columns and label column."""
+    read = {*task.text_columns, task.label_column}
+    return [name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _ID_LIKE_NAMES and name not in read]
+
+
+def id_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """Return the id of a row, joined from these columns. It is "" if one of their cells is empty or missing."""
+    values = [row.get(column) for column in columns]
     texts = [
         str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value)
         for value in values

@@ -31,6 +31,7 @@ class Form:
         auto_class: name of the transformers Auto class that loads a suitable model.
         model_options: arguments of from_pretrained that the task or the tokenizer determines (num_labels, id2label,
             pad_token_id, ...).
+        detail_names: keys of the dicts that `details` returns.
         max_new_tokens: maximum number of tokens to generate; None if the form reads logits.
         notes: notes for the user about the tokenizer.
 
@@ -45,6 +46,7 @@ class Form:
 
     layout: str
     auto_class: str
+    detail_names: tuple[str, ...] = ()
     max_new_tokens: int | None = None
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int | None = None) -> None:

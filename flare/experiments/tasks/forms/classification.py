@@ -35,6 +35,7 @@ class ClassificationForm(Form):
 
     layout = "encoder"
     auto_class = "AutoModelForSequenceClassification"
+    detail_names: tuple[str, ...] = ("probability", "probabilities")
     problem_type: str | None = None
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int | None = None) -> None:
@@ -134,6 +135,7 @@ class MultiLabelForm(ClassificationForm):
     """
 
     problem_type = "multi_label_classification"
+    detail_names = ("probabilities",)
 
     def label_of(self, example: Example) -> list[float]:
         true = {self._label_index(name) for name in example.label or ()}
@@ -159,6 +161,7 @@ class RegressionForm(ClassificationForm):
     """
 
     problem_type = "regression"
+    detail_names = ()
 
     def label_of(self, example: Example) -> float:
         if example.label is None:

@@ -26,6 +26,8 @@ class GenerativeForm(Form):
         longest_prompt: maximum tokens of a prompt.
     """
 
+    detail_names = ("generated",)
+
     def __init__(self, task: Task, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(task, tokenizer, max_length)
         if tokenizer.eos_token_id is None:

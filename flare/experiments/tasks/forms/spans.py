@@ -36,6 +36,7 @@ class SpanForm(Form):
 
     layout = "encoder"
     auto_class = "AutoModelForQuestionAnswering"
+    detail_names = ("start", "end", "probability")
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(task, tokenizer, max_length)
@@ -87,8 +88,9 @@ class SpanForm(Form):
         The probability is the product of the start token's and the end token's probability (softmax of the logits over
         the tokens of the context). All three values are None if the window holds no context.
         """
-        names = ("start", "end", "probability")
-        return [dict(zip(names, span or (None,) * 3, strict=True)) for span in self._best(output, pairs, *more)]
+        return [
+            dict(zip(self.detail_names, span or (None,) * 3, strict=True)) for span in self._best(output, pairs, *more)
+        ]
 
     def _best(
         self, output: Any, pairs: Sequence[Pair], starts: Sequence[int] | None = None

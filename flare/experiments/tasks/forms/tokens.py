@@ -30,6 +30,7 @@ class TokenForm(ClassificationForm):
     """
 
     auto_class = "AutoModelForTokenClassification"
+    detail_names = ("words",)
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(task, tokenizer, max_length)
