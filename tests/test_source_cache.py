@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import tiny
 import torch
+import transformers
 from cached_states import (
     FAMILIES,
     MB,
@@ -26,7 +27,7 @@ from cached_states import (
 
 import flare
 from flare.source.runtime import runtime_of
-from flare.source_cache.row_keys import counts_relatively
+from flare.source_cache.row_keys import counts_relatively, needs_width
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,6 +181,39 @@ def test_the_width_is_part_of_the_key_if_rotary_frequencies_depend_on_it() -> No
     step(model, batch)
     step(model, widened("llama", batch))
     assert cache.stats().hits == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("ConvBert", {}, True),
+        ("Nystromformer", {}, True),
+        ("Yoso", {}, True),
+        ("SqueezeBert", {"embedding_size": 32}, False),  # the kernel's size is 1
+        ("DebertaV2", {"conv_kernel_size": 3}, False),  # padding is set to zero before the convolution
+        ("Lfm2", {"num_key_value_heads": 4, "layer_types": ["conv", "full_attention"]}, False),  # causal
+    ],
+)
+def test_needs_width_is_true_if_attention_or_convolutions_read_padding(
+    name: str, options: dict, expected: bool
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, intermediate_size=48, **options)
+    assert needs_width(getattr(transformers, f"{name}Model")(config)) == expected
+
+
+def test_the_width_is_part_of_the_key_if_convolutions_read_padding() -> None:
+    config = {"vocab_size": 64, "hidden_size": 32, "embedding_size": 32, "num_attention_heads": 4, "num_labels": 3}
+    base = transformers.ConvBertConfig(**config, num_hidden_layers=2, intermediate_size=48, initializer_range=0.2)
+    model = flare.fast_lora(transformers.ConvBertForSequenceClassification(base), r=4, source_padding="zero").eval()
+    tiny.randomize_lora(model)
+    batch = batch_of("bert")
+    expected = model(**batch).logits
+    model.set_source_cache(flare.SourceStateCache(MB))
+    wide = widened("bert", batch)
+    wide["source_attention_mask"][2] = 1  # a longer text, because columns without any token are not computed
+    model(**wide)
+    assert torch.equal(model(**batch).logits, expected)
 
 
 def test_counts_relatively_is_false_with_chunked_attention() -> None:

@@ -32,6 +32,8 @@ _ABSOLUTE = ("position_embedding", "embed_position", "wpe")
 _RELATIVE = ("rotary_emb", "relative_attention_bias")
 #: Kinds of rotary frequencies that do not depend on the width of the batch.
 _STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+#: Model types whose attention depends on the width: by landmarks, or by a mask that does not remove padding completely.
+_ATTENTION_BY_WIDTH = ("nystromformer", "yoso")
 
 
 @dataclass(frozen=True)
@@ -228,12 +230,28 @@ def _in_chunks(config: Any) -> bool:
 
 
 def needs_width(model: nn.Module) -> bool:
-    """Return whether hidden states depend on the batch's width, because the rotary frequencies depend on it."""
+    """Return whether hidden states depend on the batch's width: by rotary frequencies, attention or convolutions."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     rope: Any = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type", "default") not in _STEADY_ROPE for kind in kinds)
+    return (
+        any(kind.get("rope_type", "default") not in _STEADY_ROPE for kind in kinds)
+        or getattr(text, "model_type", None) in _ATTENTION_BY_WIDTH
+        or any(_reads_later_positions(path, module) for path, module in model.named_modules())
+    )
+
+
+def _reads_later_positions(path: str, module: nn.Module) -> bool:
+    """Return whether a module is a convolution in a block that reads later positions, and thus padding on the right.
+
+    Causal convolutions are padded by their kernel's size - 1, and patch embeddings are not padded.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or not any(part.isdigit() for part in path.split(".")):
+        return False
+    if isinstance(module.padding, str):
+        return module.padding == "same" and max(module.kernel_size) > 1
+    return any(0 < pad < size - 1 for pad, size in zip(module.padding, module.kernel_size, strict=True))
 
 
 def make_rows(texts: list[TextColumns], context: str, zero_pads: bool) -> list[Row]:
