@@ -19,7 +19,6 @@ import torch
 from experiment_data import write_bert, write_data
 
 from flare.cli import main
-from flare.experiments.demo.experiment import Experiment
 from flare.experiments.runs.fitting import ExperimentTrainer, training_arguments
 from flare.experiments.runs.records import find_runs, read_record, write_record
 from flare.experiments.runs.run_folder import locked, nothing_to_resume, open_run
@@ -325,16 +324,6 @@ def test_every_evaluated_step_has_a_checkpoint(tmp_path, given, accepted):
     refused = pytest.raises(UserError, match="--save_steps 6 and --eval_steps 1 must be equal")
     with contextlib.nullcontext() if accepted else refused:
         training_arguments(given, tmp_path, 0, "accuracy", given)
-
-
-@pytest.mark.parametrize("make", [training_arguments, Experiment._arguments], ids=["run", "demo"])
-def test_a_process_uses_one_of_several_gpus(tmp_path, monkeypatch, make):
-    """transformers would use torch.nn.DataParallel and multiply the rows of a step by the number of GPUs."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    values = {"per_device_train_batch_size": 8}
-    of_run = make is training_arguments
-    arguments = make(values, tmp_path, 0, None, {}) if of_run else make(None, str(tmp_path), 0, 1, 8, 1e-3)
-    assert arguments.n_gpu == 1 and arguments.train_batch_size == 8
 
 
 def test_a_score_with_other_settings_is_noted(train, runs, capsys):

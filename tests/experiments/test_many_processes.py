@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from flare.cli import main
+from flare.experiments.demo.experiment import Experiment
 from flare.experiments.runs.evaluate import _Evaluation as Evaluation
-from flare.experiments.runs.fitting import ExperimentTrainer, per_process_batch
+from flare.experiments.runs.fitting import ExperimentTrainer, per_process_batch, training_arguments
 from flare.experiments.runs.predictor import Predictor
 from flare.experiments.runs.records import find_runs, read_record
 from flare.experiments.translation import Translator
@@ -299,6 +300,16 @@ def test_an_error_of_one_process_is_raised_in_all(two) -> None:
 def test_the_rows_of_a_step_are_divided_among_processes(size, batches, processes, share) -> None:
     values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
     assert per_process_batch(values, processes) == share and share[0] * share[1] * processes == size * batches
+
+
+@pytest.mark.parametrize("make", [training_arguments, Experiment._arguments], ids=["run", "demo"])
+def test_a_process_uses_one_of_several_gpus(tmp_path, monkeypatch, make):
+    """transformers would use torch.nn.DataParallel and multiply the rows of a step by the number of GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    values = {"per_device_train_batch_size": 8}
+    of_run = make is training_arguments
+    arguments = make(values, tmp_path, 0, None, {}) if of_run else make(None, str(tmp_path), 0, 1, 8, 1e-3)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 8
 
 
 FAILING = """
