@@ -138,6 +138,22 @@ def test_generate_accepts_states_of_the_encoder() -> None:
         generated(model, {**plain, "source_states": states, "source_labels": torch.ones(3, 2, dtype=torch.long)})
 
 
+def test_generate_without_a_source_after_an_interrupted_forward_is_plain_lora() -> None:
+    """generate calls the encoder directly. The hook that removes the source of an interrupted forward does not run."""
+    model, inputs = fused().eval(), texts()
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
+    expected = generated(model, plain)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, labels=batch()["labels"])
+    handle.remove()
+    torch.testing.assert_close(generated(model, plain), expected, rtol=0, atol=0)
+
+
 REFUSED = [
     ({"source_alignment": "release"}, "source_alignment='release': the authors' release has no encoder-decoder"),
     ({"encoder_outputs": (torch.zeros(3, 7, 32),)}, "encoder_outputs cannot be combined with a source"),

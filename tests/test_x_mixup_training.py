@@ -156,6 +156,39 @@ def test_a_model_without_a_source_warns_once_and_is_plain_lora():
         model(**alone)
 
 
+@pytest.mark.parametrize("task", ["bert", "mt5"])
+def test_an_interrupted_forward_leaves_no_source(task: str):
+    """After a KeyboardInterrupt torch runs no hooks, so the next call removes the state."""
+    model, inputs = mixup_model(task).eval(), batch(task)
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    calls = [lambda: model(**plain).loss]
+    if task == "mt5":  # generate calls the encoder directly
+        del plain["labels"]
+        options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+        calls = [lambda: model.generate(**plain, **options).logits[0]]
+
+    def under_the_base_model() -> Any:
+        with model.disable_adapter():
+            return calls[0]()
+
+    calls.append(under_the_base_model)
+    for call in calls:
+        expected, runs = call(), []
+
+        def interrupt(module: Any, args: Any, output: Any, runs: list[Any] = runs) -> None:
+            runs.append(output)
+            if len(runs) == 2:  # the run on the target
+                raise KeyboardInterrupt
+
+        base = model.get_base_model()
+        last = base.encoder.block[-1] if task == "mt5" else base.bert.encoder.layer[-1]
+        handle = last.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        handle.remove()
+        torch.testing.assert_close(call(), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "option", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda outputs, labels, **kwargs: outputs.logits}]
 )

@@ -61,6 +61,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     runtime = runtime_of(model)
     if runtime.mode == "source" or runtime.generating:
         return None
+    runtime.end()  # torch does not call _end after a KeyboardInterrupt, so an interrupted forward leaves its state
     source = take_source(model, kwargs, X_MIXUP_ARGUMENTS)
     if not runtime.is_on():
         return args, kwargs

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._compat import LoraLayer, register_tuner, warn_of_shards
 from ..generation.generate import ALIGNMENTS, generate
 from ..source.arguments import SOURCE_ARGUMENTS
+from ..source.context import THREAD
 from ..source.hooks import attach, detach, take_source, warn_without_source
 from ..source.inputs import check_cacheable, encode
 from ..source.packed_rows import refuse_packed_rows
@@ -371,6 +372,7 @@ class FlareModel(LoraModel):
                 f"source_alignment={source_alignment!r} is not accepted; one of: {', '.join(map(repr, ALIGNMENTS))}"
             )
         source = take_source(self.model, kwargs, SOURCE_ARGUMENTS)
+        THREAD.slot.reset()  # generate may call the encoder directly, without the hook that resets the slot
         runtime = self._runtime() if source else runtime_of(self.model)
         if runtime is None:
             return cast(Any, self.model).generate(*args, **kwargs)
