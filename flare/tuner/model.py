@@ -357,7 +357,9 @@ class FlareModel(LoraModel):
             **kwargs: as for the base model's ``generate``, and forward's source arguments. Both prompts must be padded
                 on the left to one width. FLARE MT: ``source_states`` of the prompt. The decoder of an encoder-decoder
                 fuses if ``source_labels`` or ``source_decoder_input_ids`` are given. ``source_decoder_input_ids`` are
-                the beginning of the source's output; the values of ``source_labels`` are not used.
+                the beginning of the source's output. The values of ``source_labels`` are not used, except with
+                ``forced_bos_token_id`` (the target's language in NLLB and mBART): then the first label of each row,
+                unless it is an end token, is the first token of the source's output.
 
         Returns:
             What the base model's ``generate`` returns.
