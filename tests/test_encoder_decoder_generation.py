@@ -54,6 +54,22 @@ def test_both_stacks_fuse_in_generate(fusion, offset, source_given_as) -> None:
     assert not torch.allclose(logits, teacher_forced(model, inputs, sequences, None).float(), atol=1e-4)
 
 
+def test_the_source_starts_with_its_own_label_if_the_targets_first_token_is_forced() -> None:
+    """As in training. Rows without a label, or with only an end token, continue with the frozen decoder's choice."""
+    model, inputs, end = fused().eval(), texts(), 2
+    labels = torch.tensor([[7, 9], [-100, -100], [end, -100]])
+    options = {"forced_bos_token_id": 5, "eos_token_id": end, "min_new_tokens": 6}
+    sequences, logits = generated(model, {**inputs, "source_labels": labels}, 6, **options)
+    assert sequences[:, 1].tolist() == [5, 5, 5]
+    started = frozen_text(model, inputs, 5, [], torch.tensor([[START, 7]] * 3))
+    source_text = torch.cat([started[:1], frozen_text(model, inputs, 6, [])[1:]])
+    expected = teacher_forced(model, inputs, sequences, source_text).float()
+    assert end not in source_text
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    with pytest.raises(ValueError, match=r"source_labels has shape \(2, 2\): with forced_bos_token_id"):
+        generated(model, {**inputs, "source_labels": labels[:2]}, forced_bos_token_id=5)
+
+
 def test_beams_and_samples_match_one_forward() -> None:
     model, inputs = fused().eval(), texts()
     source = {"source_decoder_input_ids": torch.full((3, 1), START)}
@@ -136,6 +152,22 @@ def test_generate_accepts_states_of_the_encoder() -> None:
     torch.testing.assert_close(generated(model, {**plain, "source_states": states})[1], expected[1], **TOLERANCE)
     with pytest.raises(ValueError, match="source_labels and source_states were both given"):
         generated(model, {**plain, "source_states": states, "source_labels": torch.ones(3, 2, dtype=torch.long)})
+
+
+def test_generate_without_a_source_after_an_interrupted_forward_is_plain_lora() -> None:
+    """generate calls the encoder directly. The hook that removes the source of an interrupted forward does not run."""
+    model, inputs = fused().eval(), texts()
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
+    expected = generated(model, plain)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, labels=batch()["labels"])
+    handle.remove()
+    torch.testing.assert_close(generated(model, plain), expected, rtol=0, atol=0)
 
 
 REFUSED = [

@@ -256,20 +256,24 @@ def test_generation_continues_from_a_cache() -> None:
         torch.testing.assert_close(out[0].float(), logits[:, 5:6], **TOLERANCE)
 
 
-def test_generation_leaves_no_hooks_or_state_even_if_it_fails() -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_generation_leaves_no_hooks_or_state_even_if_it_fails(error) -> None:
+    """After a KeyboardInterrupt torch runs no hooks, so the next forward removes the state."""
     model, inputs = zero_offset(), prompts()
     expected = generated(model, inputs, source_pass="shared")
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
         if len(args[0]) == 6 and kwargs["past_key_values"].get_seq_length() > 8:
-            raise RuntimeError("simulated failure")
+            raise error("simulated failure")
 
     handle = model.get_base_model().model.layers[1].register_forward_pre_hook(fail, with_kwargs=True)
-    with pytest.raises(RuntimeError, match="simulated failure"):
+    with pytest.raises(error, match="simulated failure"):
         generated(model, inputs, source_pass="shared")
     handle.remove()
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    if error is KeyboardInterrupt:
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     assert THREAD.slot.rows is None and THREAD.slot.forward is None and THREAD.slot.context is None
     again = generated(copy.deepcopy(model), inputs, source_pass="shared")
     torch.testing.assert_close(again, expected, rtol=0, atol=0)

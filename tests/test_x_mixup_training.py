@@ -13,7 +13,7 @@ import tiny
 import torch
 from datasets import Dataset
 from mixup_models import LAYER, batch, mixup_model, randomised, with_source_labels
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from two_streams import rows, task_model, tokenizer
 
 from flare import FlareConfig
@@ -154,6 +154,68 @@ def test_a_model_without_a_source_warns_once_and_is_plain_lora():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**alone)
+
+
+@pytest.mark.parametrize("task", ["bert", "mt5"])
+def test_an_interrupted_forward_leaves_no_source(task: str):
+    """After a KeyboardInterrupt torch runs no hooks, so the next call removes the state."""
+    model, inputs = mixup_model(task).eval(), batch(task)
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    calls = [lambda: model(**plain).loss]
+    if task == "mt5":  # generate calls the encoder directly
+        del plain["labels"]
+        options = {"max_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+        calls = [lambda: model.generate(**plain, **options).logits[0]]
+
+    def under_the_base_model() -> Any:
+        with model.disable_adapter():
+            return calls[0]()
+
+    calls.append(under_the_base_model)
+    for call in calls:
+        expected, runs = call(), []
+
+        def interrupt(module: Any, args: Any, output: Any, runs: list[Any] = runs) -> None:
+            runs.append(output)
+            if len(runs) == 2:  # the run on the target
+                raise KeyboardInterrupt
+
+        base = model.get_base_model()
+        last = base.encoder.block[-1] if task == "mt5" else base.bert.encoder.layer[-1]
+        handle = last.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        handle.remove()
+        torch.testing.assert_close(call(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "option", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda outputs, labels, **kwargs: outputs.logits}]
+)
+def test_options_that_take_the_labels_away_are_refused(option: dict[str, Any], tmp_path: Path):
+    """Without labels there is no loss to which X-Mixup could add its terms."""
+    (name,) = option
+    smoothing, kwargs = (option, {}) if name == "label_smoothing_factor" else ({}, option)
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False, **smoothing)
+    model, inputs = mixup_model("bert", dtype=torch.float32), batch("bert")
+    with pytest.raises(ValueError, match=rf"{name}=.*X-Mixup's losses .* would be lost; leave {name} out"):
+        FlareTrainer(model, args, processing_class=tokenizer(), **kwargs)
+    FlareTrainer(plain_lora(task_model("bert"), r=4), args, processing_class=tokenizer(), **kwargs)
+    stock = Trainer(model, args, **kwargs)
+    with pytest.warns(UserWarning, match="is trained without labels, so the output has no loss"):
+        stock.compute_loss(model, dict(inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stock.compute_loss(model, dict(inputs))
+
+
+def test_training_with_labels_and_predicting_without_them_do_not_warn():
+    for task, names in (("bert", ("labels",)), ("bert-spans", ("start_positions", "end_positions"))):
+        model, inputs = mixup_model(task), batch(task)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**inputs)
+            model.eval()(**{name: value for name, value in inputs.items() if name not in names})
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ class XMixupModel(FlareModel):
         """
         source = take_source(self.model, kwargs, mixup_streams.X_MIXUP_ARGUMENTS)
         runtime, model = mixup_layer.runtime_of(self.model), cast(Any, self.model)
+        runtime.end()  # an interrupted forward leaves its state, and generate may call the encoder directly
         if not source or not runtime.is_on():
             return super().generate(*args, **kwargs)
         try:

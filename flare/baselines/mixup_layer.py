@@ -73,7 +73,7 @@ class MixupRuntime:
         block_input: hidden state at the input of the mixup block.
         call: positional and keyword arguments of the first call of the block's attention module.
         in_second_call: whether the attention module runs for the second time.
-        warned: names of the warnings that were shown.
+        warned: the warnings that were shown.
         handles: handles of the hooks.
     """
 

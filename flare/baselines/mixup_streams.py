@@ -37,6 +37,12 @@ NO_SOURCE_LABELS_WARNING = (
     "The source has no labels of its own ({missing} missing), so X-Mixup's task loss is only the target's. The "
     "consistency terms are added as usual."
 )
+NO_LABELS_WARNING = (
+    "An X-Mixup adapter is trained without {missing}, so the output has no loss: the source's task loss and the "
+    "consistency terms are left out, and in causal rows the target attends to the source's answer. Pass the labels to "
+    "the model. With transformers.Trainer, leave label_smoothing_factor and compute_loss_func out, because they take "
+    "the labels from the inputs."
+)
 
 
 def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
@@ -55,13 +61,12 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     runtime = runtime_of(model)
     if runtime.mode == "source" or runtime.generating:
         return None
+    runtime.end()  # torch does not call _end after a KeyboardInterrupt, so an interrupted forward leaves its state
     source = take_source(model, kwargs, X_MIXUP_ARGUMENTS)
     if not runtime.is_on():
         return args, kwargs
     if not source:
-        if "no source" not in runtime.warned:
-            runtime.warned.add("no source")
-            warn_user(NO_SOURCE_WARNING)
+        _warn_once(runtime, NO_SOURCE_WARNING)
         return args, kwargs
     if args:
         kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
@@ -138,6 +143,9 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
         )
     streams = Streams(visible=mask.bool(), counted=target_mask.bool(), source_inputs=inputs)
     labels = target.get("labels")
+    needed = () if runtime.task is None else _POSITIONS if runtime.task == "QUESTION_ANS" else ("labels",)
+    if model.training and torch.is_grad_enabled() and any(target.get(name) is None for name in needed):
+        _warn_once(runtime, NO_LABELS_WARNING.format(missing=" and ".join(needed)))
     if runtime.task == "CAUSAL_LM" and labels is not None:
         _hide_answers(streams, inputs, ids, labels, source.get("source_labels"))
     elif runtime.task == "QUESTION_ANS":
@@ -148,7 +156,7 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
         if source_labels is not None:
             inputs["labels"] = source_labels
     if runtime.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS") and labels is not None and "labels" not in inputs:
-        _warn_no_labels(runtime, "source_labels")
+        _warn_once(runtime, NO_SOURCE_LABELS_WARNING.format(missing="source_labels"))
     return streams
 
 
@@ -207,15 +215,16 @@ def _take_positions(
         return
     positions = {name: source.get(f"source_{name}") for name in _POSITIONS}
     if any(value is None for value in positions.values()):
-        _warn_no_labels(runtime, "source_start_positions and source_end_positions")
+        missing = "source_start_positions and source_end_positions"
+        _warn_once(runtime, NO_SOURCE_LABELS_WARNING.format(missing=missing))
     else:
         inputs.update(positions)
 
 
-def _warn_no_labels(runtime: MixupRuntime, missing: str) -> None:
-    if missing not in runtime.warned:
-        runtime.warned.add(missing)
-        warn_user(NO_SOURCE_LABELS_WARNING.format(missing=missing))
+def _warn_once(runtime: MixupRuntime, message: str) -> None:
+    if message not in runtime.warned:
+        runtime.warned.add(message)
+        warn_user(message)
 
 
 def run_source(model: Any, runtime: MixupRuntime) -> None:

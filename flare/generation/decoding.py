@@ -21,7 +21,6 @@ adapter -> (B, q, r).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +33,7 @@ from ..source.inputs import accepted_by
 from ..source.projected import project_states
 from ..source.runtime import Reads, Runtime
 from ..source.source_pass import Preparation, read_from_run
-from .shared_pass import SharedStep, inputs_of_both, join_caches, split_caches
+from .shared_pass import SharedStep, inputs_of_both, join_caches, split_caches, warn_two_passes_once
 
 #: (layer, adapter) pairs.
 Pairs = frozenset[tuple[str, str]]
@@ -58,13 +57,6 @@ def join_states(parts: list[Bottlenecks]) -> Bottlenecks:
         layer: {name: torch.cat([part[layer][name] for part in parts], dim=1) for name in by_adapter}
         for layer, by_adapter in parts[0].items()
     }
-
-
-def warn_two_passes_once(runtime: Runtime, why: str) -> None:
-    """Warn, once per reason, that the source and the target run in separate passes of the model."""
-    if why not in runtime.warned:
-        runtime.warned.add(why)
-        warnings.warn(f"generate: source and target do not share a pass: {why}", stacklevel=2)
 
 
 @dataclass(kw_only=True)
@@ -175,6 +167,7 @@ class FrozenDecoder:
         encoder_outputs: output of the encoder on the source; None for a decoder-only model.
         encoder_mask: the encoder's attention mask; None for a decoder-only model.
         next_ids: (B, 1), the next token of each row; None before the prompt was read.
+        first_ids: (B, 1), the first new token of each row, negative where it is chosen; None if all are chosen.
     """
 
     mask: Tensor
@@ -184,6 +177,7 @@ class FrozenDecoder:
     encoder_outputs: Any = None
     encoder_mask: Tensor | None = None
     next_ids: Tensor | None = None
+    first_ids: Tensor | None = None
 
     def read(self, model: nn.Module, runtime: Runtime, reads: Reads, ids: Tensor) -> Bottlenecks:
         """Run the model on the next token ids (B, q), and return their S."""
@@ -200,9 +194,12 @@ class FrozenDecoder:
         return states
 
     def choose(self, logits: Tensor) -> None:
-        """Set ``next_ids`` to the most likely next tokens, from logits (B, q, V)."""
+        """Set ``next_ids`` to the most likely next tokens, from logits (B, q, V), or to ``first_ids``."""
         # in float32, because generate also chooses in float32: a tie is then resolved in the same way
         self.next_ids = logits[:, -1].to(dtype=torch.float32).argmax(dim=-1, keepdim=True)
+        if self.first_ids is not None:
+            given, self.first_ids = self.first_ids.to(self.next_ids.device), None
+            self.next_ids = given.where(given >= 0, self.next_ids)
 
     def inputs(self, model: nn.Module, ids: Tensor, past: int) -> dict[str, Any]:
         """Return the frozen model's keyword arguments for token ids (B, q) after ``past`` tokens; extend the mask."""

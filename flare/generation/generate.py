@@ -35,10 +35,9 @@ from .decoding import (
     decode_to_end,
     fusing_pairs,
     read_states,
-    warn_two_passes_once,
 )
 from .options import Options, refuse_options
-from .shared_pass import SOURCE_PASSES, unsupported_reason
+from .shared_pass import SOURCE_PASSES, unsupported_reason, warn_two_passes_once
 
 ALIGNMENTS = ("training", "release")
 
@@ -311,6 +310,8 @@ def _read_encoder(
         encoder_mask=mask,
     )
     ends = torch.tensor(options.token_ids("eos_token_id"), dtype=prompt.dtype, device=prompt.device)
+    if options.get("forced_bos_token_id") is not None and "source_labels" in source:
+        decoder.first_ids = _first_labels(source["source_labels"], ends, len(prompt))
     decoding = AlignedDecoding(
         pairs=fusing_pairs(in_decoder), in_decoder=True, decoder=decoder, prompt=prompt, end_ids=ends
     )
@@ -321,7 +322,7 @@ def _decoder_prompt(source: dict[str, Any], options: Options, rows: int) -> Tens
     """Return the tokens (B, u) with which the decoder starts on the source: start tokens or source_decoder_input_ids.
 
     These tokens must have the shape of the target's decoder_input_ids. With source_labels, the decoder fuses and begins
-    with the start tokens; the values of the labels are not used, because the source is decoded greedily.
+    with the start tokens. The source is decoded greedily, except for its first token (:func:`_first_labels`).
     """
     start_ids = options.token_ids("decoder_start_token_id") or options.token_ids("bos_token_id")
     if not start_ids:
@@ -345,6 +346,21 @@ def _decoder_prompt(source: dict[str, Any], options: Options, rows: int) -> Tens
             "(default: one start token per row)"
         )
     return prompt
+
+
+def _first_labels(labels: Any, ends: Tensor, rows: int) -> Tensor:
+    """Return the first labels (B, 1) of the source, -1 in rows whose labels are empty or only an end token.
+
+    With forced_bos_token_id, generate starts the target with this token, such as the target's language (NLLB, mBART).
+    As in training, the source starts with its own first label, which is its language.
+    """
+    first = check_ids("source_labels", labels, "(B, u)")[:, :1].to(ends.device)
+    if first.shape != (rows, 1):
+        raise ValueError(
+            f"source_labels has shape {tuple(labels.shape)}: with forced_bos_token_id, generate reads the first label "
+            f"of each of the source's {rows} rows; pass labels ({rows}, u), or leave forced_bos_token_id out"
+        )
+    return first.masked_fill(torch.isin(first, ends) | (first < 0), -1)
 
 
 def _with_start_token(ids: Tensor, start: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ the vocabulary.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,13 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids")
 
 
 # --- support ----------------------------------------------------------------------------------------------------------
+
+
+def warn_two_passes_once(runtime: Runtime, why: str) -> None:
+    """Warn, once per reason, that the source and the target run in separate passes of the model."""
+    if why not in runtime.warned:
+        runtime.warned.add(why)
+        warnings.warn(f"generate: source and target do not share a pass: {why}", stacklevel=2)
 
 
 def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: Any) -> tuple[str, bool]:

@@ -52,6 +52,11 @@ class Slot:
     rows: tuple[int, int] | None = None
     met: set[Any] | None = None
 
+    def reset(self) -> None:
+        """Remove the state that a forward pass left because a KeyboardInterrupt ended it: torch then runs no hooks."""
+        self.running, self.forward, self.context, self.pending = False, None, None, None
+        self.plain, self.rows, self.met = False, None, None
+
 
 class _Thread(threading.local):
     def __init__(self) -> None:

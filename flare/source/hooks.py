@@ -121,7 +121,8 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if slot.frozen_pass is not None:
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
-    slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
+    # as Slot.reset, inlined to save a call; _after_model does not run after a KeyboardInterrupt
+    slot.running, slot.forward, slot.context, slot.pending, slot.rows = True, None, None, None, None
     # the next two lines are needs_plain_operators, inlined to save a call in every step
     compiles = torch.compiler.is_compiling()
     slot.plain = torch.compiler.is_exporting() if compiles else functorch_is_active() or torch.jit.is_tracing()

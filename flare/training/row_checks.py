@@ -100,6 +100,20 @@ def vocabulary_of(model: Any) -> int | None:
     return max((number for number in sizes if isinstance(number, int)), default=None)
 
 
+def refuse_lost_labels(trainer: Any) -> None:
+    """Raise ValueError for options with which a Trainer takes the labels from the model's inputs."""
+    options = {
+        "label_smoothing_factor": trainer.args.label_smoothing_factor or None,
+        "compute_loss_func": trainer.compute_loss_func,
+    }
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value}: Trainer takes the labels from the model's inputs, so X-Mixup's losses (of the "
+                f"source, KL and MSE) would be lost; leave {name} out"
+            )
+
+
 def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
     """Return why a tokenizer seems to belong to another model, or None.
 

@@ -43,7 +43,7 @@ from ..source_cache import SourceStateCache
 from .collator import SOURCE_POSITIONS, FlareDataCollator, layout_of
 from .graphed_step import GraphedStep
 from .replicated import exclude_adapters_from_fsdp
-from .row_checks import plain_collator, vocabulary_of, wrong_tokenizer
+from .row_checks import plain_collator, refuse_lost_labels, vocabulary_of, wrong_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -128,8 +128,9 @@ class FlareTrainer(Trainer):
             filter waits for the loss of every step.
 
     Raises:
-        ValueError: ``source_cache`` is not a SourceStateCache, or the model has no FLARE adapter to use it. Training
-            and evaluation also raise it if rows cannot be collated or a ``source_...`` column is not read.
+        ValueError: ``source_cache`` is not a SourceStateCache, or the model has no FLARE adapter to use it; X-Mixup
+            with label_smoothing_factor or compute_loss_func. Training and evaluation also raise it if rows cannot be
+            collated or a ``source_...`` column is not read.
     """
 
     def __init__(
@@ -151,6 +152,8 @@ class FlareTrainer(Trainer):
             self.data_collator = replace(self.data_collator, layout=layout_of(self.model))
         if isinstance(self.data_collator, FlareDataCollator):
             self._check_tokenizer(self.data_collator)
+        if _is_x_mixup(self.model):
+            refuse_lost_labels(self)
         self.add_callback(SourceTokens)
         self.source_cache = source_cache
         self._cache_at_start = self._cache_at_log = (0, 0)
@@ -247,7 +250,7 @@ class FlareTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = _compat.signature_columns(self)
-        positions = SOURCE_POSITIONS if _reads_source_positions(self.model) else ()
+        positions = SOURCE_POSITIONS if _is_x_mixup(self.model) else ()
         columns += [name for name in (*SOURCE_ARGUMENTS, *positions) if name not in columns]
 
     def _check_columns(self, data: Any) -> None:
@@ -438,8 +441,8 @@ def _fuses(model: Any) -> bool:
     return any(getattr(config, "fusion", None) is not None for config in configs)
 
 
-def _reads_source_positions(model: Any) -> bool:
-    """Return whether an adapter of the model also trains on the source's answer spans, as X-Mixup does."""
+def _is_x_mixup(model: Any) -> bool:
+    """Return whether the model has an X-Mixup adapter, which also trains on the labels of the source."""
     return any(hasattr(config, "x_mixup_layer") for config in getattr(model, "peft_config", {}).values())
 
 

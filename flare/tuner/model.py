@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._compat import LoraLayer, register_tuner, warn_of_shards
 from ..generation.generate import ALIGNMENTS, generate
 from ..source.arguments import SOURCE_ARGUMENTS
+from ..source.context import THREAD
 from ..source.hooks import attach, detach, take_source, warn_user, warn_without_source
 from ..source.inputs import check_cacheable, encode
 from ..source.packed_rows import refuse_packed_rows
@@ -363,7 +364,9 @@ class FlareModel(LoraModel):
             **kwargs: as for the base model's ``generate``, and forward's source arguments. Both prompts must be padded
                 on the left to one width. FLARE MT: ``source_states`` of the prompt. The decoder of an encoder-decoder
                 fuses if ``source_labels`` or ``source_decoder_input_ids`` are given. ``source_decoder_input_ids`` are
-                the beginning of the source's output; the values of ``source_labels`` are not used.
+                the beginning of the source's output. The values of ``source_labels`` are not used, except with
+                ``forced_bos_token_id`` (the target's language in NLLB and mBART): then the first label of each row,
+                unless it is an end token, is the first token of the source's output.
 
         Returns:
             What the base model's ``generate`` returns.
@@ -378,6 +381,7 @@ class FlareModel(LoraModel):
                 f"source_alignment={source_alignment!r} is not accepted; one of: {', '.join(map(repr, ALIGNMENTS))}"
             )
         source = take_source(self.model, kwargs, SOURCE_ARGUMENTS)
+        THREAD.slot.reset()  # generate may call the encoder directly, without the hook that resets the slot
         runtime = self._runtime() if source else runtime_of(self.model)
         if runtime is None:
             return cast(Any, self.model).generate(*args, **kwargs)

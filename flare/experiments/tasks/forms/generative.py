@@ -286,7 +286,7 @@ class Seq2SeqForm(GenerativeForm):
     A training row has the columns input_ids, labels and, with a source, source_input_ids and source_labels. The
     source's prompt is the template of the target's prompt, filled with the source text. In training, ``source_labels``
     holds the source's label or answer, so that the decoder fuses as well. In `eval_rows`, ``source_labels`` holds only
-    an end token: generate() fuses in the decoder if the column is present, but does not read the column's values.
+    an end token: generate() fuses in the decoder if the column is present, but does not use an end token.
     """
 
     layout = "seq2seq"
