@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from base_models import BASES
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import TrainingArguments
@@ -140,13 +142,25 @@ def test_max_positions_are_the_longest_text_of_a_model(family: str, limit: int |
             model(torch.full((1, limit + 1), A))
 
 
-def test_input_fusion_raises_if_the_model_has_too_few_positions():
+def test_relative_positions_of_mdeberta_have_no_limit():
+    base = BASES["mdeberta"]
+    model = replace(base, changes={**base.changes, "max_position_embeddings": 16}).make()
+    assert max_positions(model) is None
+    assert model(torch.full((1, 40), A)).logits.isfinite().all()
+    with_positions = replace(base, changes={**base.changes, "position_biased_input": True}).make()
+    assert max_positions(with_positions) == 64
+
+
+def test_input_fusion_raises_for_too_few_positions_and_for_states():
     with pytest.raises(ValueError, match=r"max_length=33 per text needs 66 positions.* has 64; use max_length=32"):
         input_fusion(task_model("bert"), max_length=33)
     model = input_fusion(task_model("bert"), max_length=32, r=4)
     assert model.peft_config["default"].fusion is None
     with pytest.raises(ValueError, match=r"max_length=33 per text makes batches of 66 tokens"):
         InputFusionCollator(tokenizer(), max_length=33, max_positions=64)
+    states = [{"input_ids": [CLS, A, SEP], "source_states": torch.randn(2, 4), "labels": 1}]
+    with pytest.raises(ValueError, match=r"source_states: input-level fusion joins two texts.*pass source_input_ids"):
+        InputFusionCollator(tokenizer())(states)
     with pytest.raises(ValueError, match=r"together are 7 tokens wide, but the model has only 6 positions"):
         InputFusionCollator(tokenizer(), max_positions=6)(classes())
 

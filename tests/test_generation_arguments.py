@@ -9,7 +9,7 @@ import transformers
 from generating import fused, generated, plain, prompts
 
 REFUSED = [
-    ({"use_cache": False}, "use_cache=False cannot be combined with a source"),
+    ({"use_cache": False}, "use_cache=False cannot be combined with a source: .*; pass use_cache=True$"),
     ({"cache_implementation": "static"}, "cache_implementation=static"),
     ({"cache_implementation": "quantized"}, "cache_implementation=quantized"),
     ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),

@@ -217,6 +217,16 @@ def test_a_users_recipe_file_is_read_and_used(bases, tmp_path) -> None:
     assert checked.get_base_model().is_gradient_checkpointing and checked.peft_config["default"].r == 2
 
 
+def test_a_multimodal_base_gets_its_pad_token_in_the_config_of_its_text_model(tmp_path) -> None:
+    """The config of Gemma3ForConditionalGeneration has no pad_token_id."""
+    tiny.multimodal(pad_token_id=None).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model, saved_tokenizer = flare.from_recipe({"task": "CAUSAL_LM", "adapter": {"r": 4}}, tmp_path)
+    config = model.get_base_model().config
+    assert not hasattr(config, "pad_token_id")
+    assert config.text_config.pad_token_id == saved_tokenizer.pad_token_id is not None
+
+
 REFUSED = [
     ("qlra", {}, ValueError, "recipe 'qlra' is neither a file nor one of: .*qlora"),
     ("paper-llama", {}, ValueError, "one recipe for each task: paper-llama/xnli"),

@@ -31,6 +31,25 @@ def test_the_map_marks_cross_attention_and_has_both_stacks_of_an_encoder_decoder
     assert not any("EncDecAttention" in path for path in model_map.query_and_value)
 
 
+def test_a_vision_tower_is_left_out() -> None:
+    """Its projections have the same names. It does not run on text, so its source states would be missing."""
+    base = tiny.multimodal()
+    assert ModelMap.of(base).stacks == {"model.language_model.layers": tiny.LAYERS}
+    vision = base.model.vision_tower
+    assert list(ModelMap.of(vision).stacks) == ["encoder.layers"]  # a model that reads no text keeps its blocks
+    model = flare.fast_lora(base, r=4)
+    report = model.fast_lora_report()
+    assert len(report.fused) == 2 * tiny.LAYERS and all("language_model" in row.module for row in report.fused)
+    assert {row.reason for row in report if "vision_tower" in row.module} == {
+        "it is in a part of the model that does not read text"
+    }
+    tiny.randomize_lora(model)
+    inputs = tiny.batch("gemma3")
+    loss = model(**inputs).loss
+    other = {**inputs, "source_input_ids": inputs["source_input_ids"].roll(1, 1)}
+    assert loss.isfinite() and not torch.equal(model(**other).loss, loss)
+
+
 def test_source_arguments_of_wrong_shape_or_type_raise() -> None:
     model = flare.fast_lora(tiny.model("bert"), r=4)
     inputs = tiny.batch("bert")

@@ -68,6 +68,24 @@ def test_generation_matches_teacher_forcing(family: str):
         model.generate(**inputs, prefill_chunk_size=4, **options)
 
 
+@pytest.mark.parametrize("family", ["llama", "mt5"])
+def test_generate_infers_a_missing_attention_mask_as_transformers_does(family: str):
+    """Padding is masked, unless the pad token is an end token too."""
+    model = randomised(x_mixup(tiny.model(family, eos_token_id=None), r=4)).eval()
+    inputs = {k: v for k, v in tiny.batch(family, B=3, m=9).items() if k != "labels"}
+    mask = inputs.pop("attention_mask")
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, 1)
+
+    def logits(**options: Any) -> Any:
+        options = {"max_new_tokens": 2, "pad_token_id": 1, **options}
+        return model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True).logits[0]
+
+    masked, unmasked = logits(attention_mask=mask), logits(attention_mask=torch.ones_like(mask))
+    assert not torch.allclose(masked, unmasked, atol=1e-4)
+    torch.testing.assert_close(logits(), masked, rtol=0, atol=0)
+    torch.testing.assert_close(logits(eos_token_id=[1, 2]), unmasked, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool):
     grads = []

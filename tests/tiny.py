@@ -107,6 +107,17 @@ def model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **c
     return instance.to(dtype).train()
 
 
+def multimodal(**changes: Any) -> Any:
+    """Return a random tiny Gemma 3 with a vision tower. ``changes`` are fields of its text config."""
+    torch.manual_seed(0)
+    text = {**_DECODER, "head_dim": 8, **changes}
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48}
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 70, "boi_token_index": 71, "eoi_token_index": 72}
+    configuration = transformers.Gemma3Config(text_config=text, vision_config={**vision, **sizes}, **tokens)
+    return transformers.Gemma3ForConditionalGeneration(configuration)
+
+
 def randomize_lora(model: nn.Module, seed: int = 1) -> None:
     """Set A and B to random values, because a zero B hides errors."""
     generator = torch.Generator().manual_seed(seed)

@@ -31,6 +31,8 @@ def max_positions(model: Any) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             unusable = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unusable
+    if getattr(model.config, "position_biased_input", True) is False:  # DeBERTa: relative positions only
+        return None
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     return limit
 
@@ -94,6 +96,11 @@ class InputFusionCollator(FlareDataCollator):
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
         """Return a batch of joined texts. If the rows have no source, the texts are the targets alone."""
         read = read_rows(rows)
+        if any("source_states" in row for row in read):
+            raise ValueError(
+                "source_states: input-level fusion joins two texts, so rows need the source's token ids; pass "
+                "source_input_ids"
+            )
         layout = self._layout(read)
         targets, sources = self._texts(read, layout)
         if sources:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import X_MIXUP, register_tuner
+from ..generation.options import Options
 from ..source.hooks import take_source
 from ..tuner.config import FlareConfig
 from ..tuner.convert import infer_task_type, make_config
@@ -197,7 +198,11 @@ def _hold_source(
             "pad both to one width"
         )
     mask = kwargs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
+    if mask is None:  # inferred as in transformers' generate
+        options = Options(model, args, kwargs)
+        pads = options.token_ids("pad_token_id")[:1] or [-1]
+        is_end = pads[0] in options.token_ids("eos_token_id")
+        mask = torch.ones_like(ids) if is_end else ids.ne(pads[0]).long()
     if not model.config.is_encoder_decoder:
         # generate counts positions from the target's first token. As in training, a column has the same position in
         # both texts. Negative positions are fine, because RoPE depends on distances only.

@@ -89,4 +89,6 @@ def refuse_options(options: Options) -> None:
         value = options.get(name)
         if is_refused(value):
             shown = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
-            raise ValueError(f"generate: {name}={shown} cannot be combined with a source: {reason}; leave {name} out")
+            # the model's own generation_config may hold use_cache=False (MPT)
+            advice = "pass use_cache=True" if name == "use_cache" else f"leave {name} out"
+            raise ValueError(f"generate: {name}={shown} cannot be combined with a source: {reason}; {advice}")

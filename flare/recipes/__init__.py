@@ -234,8 +234,7 @@ class Recipe:
             model, info = self._base_model(os.fspath(base), {**options, "output_loading_info": True})
             missing_keys += sorted(info["missing_keys"])
         model = self._prepared(model)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        set_pad_token(model, tokenizer)
         return model
 
     def collator(self, tokenizer: Any, **changes: Any) -> FlareDataCollator:
@@ -334,6 +333,13 @@ def from_recipe(
         ImportError: the recipe quantises, and bitsandbytes is not installed.
     """
     return Recipe.read(recipe).load(base, trained=trained, **changes)
+
+
+def set_pad_token(model: Any, tokenizer: Any) -> None:
+    """Set the tokenizer's pad token in the config of a model without one. Multimodal models have it in a sub-config."""
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def names() -> list[str]:

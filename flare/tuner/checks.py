@@ -10,6 +10,7 @@ from torch import nn
 from ..source.runtime import Runtime
 from .config import FlareConfig
 from .layer import FlareLayer
+from .routing import reads_text
 
 
 def unfused_reason(
@@ -28,6 +29,8 @@ def unfused_reason(
     if config.fusion is None:
         return "fusion=None"
     place = runtime.map.places.get(path)
+    if place is None and not reads_text(model, path):
+        return "it is in a part of the model that does not read text"
     if place is None:
         return "it is not a projection of a block's attention"
     if place.is_cross_attention:

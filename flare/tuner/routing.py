@@ -6,6 +6,7 @@ Modules are found by names and structure, not by a list of model classes:
   `encoder.block`). A *block* is a child of a stack. A stack's *owner* is the module whose forward loops over the stack.
 * A *self-attention module* is the parent of a query or value projection. Neither its path nor its class name contains a
   word for cross-attention ("cross", "encdec", ...).
+* Modules of a part that reads no text, such as a vision tower, are left out, because the source is a text.
 * A linear layer that computes query, key and value together counts as query and value (flare.tuner.fused_qkv).
 
 Most architectures pass unknown keyword arguments from the stack's owner to the attention modules. In these, the
@@ -88,9 +89,7 @@ class ModelMap:
             ValueError: the blocks, or the query and value projections, cannot be found, or the source cannot reach
                 them; the message names the model's class and the reason.
         """
-        paths = [
-            name for name, module in model.named_modules() if _is_projection(name, QUERY_NAMES + VALUE_NAMES, module)
-        ]
+        paths = [*_projections(model, QUERY_NAMES + VALUE_NAMES)]
         fused = {} if paths else _fused_projections(model)
         paths = paths or list(fused)
         stacks = _stacks(model, paths)
@@ -144,7 +143,7 @@ def _fused_projections(model: nn.Module) -> dict[str, RowsOfQKV]:
         ValueError: there are none, or their layout is unknown.
     """
     config = getattr(model, "config", None)
-    modules = {name: module for name, module in model.named_modules() if _is_projection(name, FUSED_QKV_NAMES, module)}
+    modules = _projections(model, FUSED_QKV_NAMES)
     layouts = {name: rows_of_qkv(config, out_features(module)) for name, module in modules.items()}
     known = {name: layout for name, layout in layouts.items() if layout is not None}
     if known and len(known) == len(layouts):
@@ -183,8 +182,25 @@ def _uses_keywords(forward: Any) -> bool:
     return any(name == value or (isinstance(value, tuple) and name in value) for value in loaded)
 
 
-def _is_projection(path: str, names: tuple[str, ...], module: nn.Module) -> bool:
-    return path.rpartition(".")[2] in names and is_linear(module)
+def _projections(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Return path -> linear layer, for the layers with one of the names that read text."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in names and is_linear(module) and reads_text(model, path)
+    }
+
+
+def reads_text(model: nn.Module, path: str) -> bool:
+    """Return whether a module belongs to a part of the model that reads text, and not to a vision or audio tower.
+
+    The parts of a transformers model declare what they read (``input_modalities``). If the whole model reads no text,
+    no part is left out.
+    """
+    parts = path.split(".")
+    parents = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    declared = [part for part in (getattr(parent, "input_modalities", None) for parent in parents) if part is not None]
+    return not declared or "text" in declared[-1] or "text" not in declared[0]
 
 
 def _stacks(model: nn.Module, projections: list[str]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from ...baselines import plain_lora
+from ...recipes import set_pad_token
 from ..tasks import Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
@@ -179,8 +180,7 @@ def _reload(setup: Setup, folder: Path) -> Any:
 
     auto_class = getattr(transformers, setup.form.auto_class)
     model = auto_class.from_pretrained(folder, dtype=setup.recipe.dtype, trust_remote_code=False)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = setup.tokenizer.pad_token_id
+    set_pad_token(model, setup.tokenizer)
     return model
 
 
