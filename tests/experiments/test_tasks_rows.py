@@ -71,11 +71,11 @@ def test_values_of_the_wrong_type_are_refused(tmp_path):
 def test_numbers_are_texts_in_task_data_but_not_in_prediction_input(cell, text):
     assert text_of(cell, "FILE, row 0: title") == text
     with pytest.raises(DataError, match=rf"FILE, row 0: title holds a {type(cell).__name__} .*; it must be a text"):
-        prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0")
+        prediction_texts({"title": cell}, {"text": "title"}, OWN, "FILE, row 0")
 
 
 def test_word_lists_are_texts_in_prediction_input_but_not_in_task_data():
-    assert prediction_texts({"tokens": ["a", "b"]}, {"tokens": "tokens"}, "FILE, row 0") == {"tokens": "a b"}
+    assert prediction_texts({"tokens": ["a", "b"]}, {"tokens": "tokens"}, OWN, "FILE, row 0") == ({"tokens": "a b"}, ())
     with pytest.raises(DataError, match="FILE, row 0: text holds a list"):
         text_of(["a", "b"], "FILE, row 0: text")
 
@@ -89,11 +89,11 @@ def test_half_a_character_is_refused():
 def test_other_cells_are_read_equally_in_task_data_and_prediction_input():
     for cell, text in (("NA", "NA"), ("3", "3"), (None, "")):
         assert text_of(cell, "FILE, row 0: title") == text
-        assert prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0") == {"text": text}
+        assert prediction_texts({"title": cell}, {"text": "title"}, OWN, "FILE, row 0") == ({"text": text}, ())
     for cell in ([1, 2], {"a": 1}, b"a"):
         for read in (
             lambda value: text_of(value, "FILE, row 0: title"),
-            lambda value: prediction_texts({"title": value}, {"text": "title"}, "FILE, row 0"),
+            lambda value: prediction_texts({"title": value}, {"text": "title"}, OWN, "FILE, row 0"),
         ):
             with pytest.raises(DataError, match=r"FILE, row 0: title holds a .*; it must be a text"):
                 read(cell)
