@@ -19,7 +19,6 @@ the vocabulary.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -53,9 +52,7 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids")
 
 def warn_two_passes_once(runtime: Runtime, why: str) -> None:
     """Warn, once per reason, that the source and the target run in separate passes of the model."""
-    if why not in runtime.warned:
-        runtime.warned.add(why)
-        warnings.warn(f"generate: source and target do not share a pass: {why}", stacklevel=2)
+    runtime.warn_once(f"generate: source and target do not share a pass: {why}")
 
 
 def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: Any) -> tuple[str, bool]:
